@@ -1,0 +1,41 @@
+# Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint format clean
+
+# The newest Python that is old enough for every pin; override with PYTHON=/path/to/python3.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
+# cpu, or gpu for vLLM's CUDA build.
+DEVICE ?= cpu
+BIN := .venv/bin
+STAMP := .venv/.installed
+ARGS ?=
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+install: $(STAMP) ## prepare .venv (does nothing when it is up to date)
+
+$(STAMP): pyproject.toml .ci/install.py
+	@$(PYTHON) .ci/install.py --device $(DEVICE)
+
+demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream from it (ARGS="--help")
+	@$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(STAMP) ## run the tests (ARGS="-k eviction")
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## the tests that need no engine
+	@$(BIN)/python -m pytest -m "not engine and not server and not slow and not gpu" $(ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(STAMP) ## apply ruff's fixes and format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove .venv, caches and build output
+	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
