@@ -1,0 +1,217 @@
+"""The options of the policy: one frozen object, parsed once from ``additional_config``.
+
+The command line flags only fill ``additional_config`` (the channel vLLM offers to plugins), so
+``vllm serve``, YAML files, ``LLM(...)`` and Ray deployments share the checks in this file.
+Imports neither torch nor vLLM.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sink_vllm.schedule import Schedule
+
+POLICY_KEY = "kv_policy"
+OPTION_KEYS = (POLICY_KEY, "sink_tokens", "sink_window", "sink_stride", "sink_prompt")
+POLICIES = ("full", "sink")
+PROMPT_MODES = ("stream", "truncate")
+DEFAULT_SINK_TOKENS = 4
+_STRIDE_SHARE = 16  # default stride: a sixteenth of the capacity, in whole blocks, ...
+_STRIDE_CAP = 256  # ... but not more: a longer stride saves nothing measurable
+
+PromptMode = Literal["stream", "truncate"]
+
+
+def flag(key: str) -> str:
+    """The command line spelling of an ``additional_config`` key."""
+    return "--" + key.replace("_", "-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkOptions:
+    """What the user asked for; ``None`` means "choose for me"."""
+
+    sink_tokens: int = DEFAULT_SINK_TOKENS
+    sink_window: int | None = None
+    sink_stride: int | None = None
+    sink_prompt: PromptMode = "stream"
+
+    @classmethod
+    def parse(cls, additional_config: Mapping[str, Any] | None) -> "SinkOptions | None":
+        """Options in ``additional_config``; ``None`` when the policy is off.
+
+        Keys of other plugins are left alone.
+
+        Raises:
+            ValueError: unknown ``sink_…`` or ``kv_…`` key, wrong type, value out of range, or
+                sink options without ``kv_policy="sink"``.
+        """
+        given = {
+            key: value
+            for key, value in (additional_config or {}).items()
+            if key.startswith(("sink_", "kv_policy"))
+        }
+        for key in given:
+            if key not in OPTION_KEYS:
+                near = difflib.get_close_matches(key, OPTION_KEYS, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"additional_config[{key!r}]={given[key]!r} is not an option of sink_vllm; "
+                    f"{hint}the options are {', '.join(OPTION_KEYS)}."
+                )
+        policy = given.pop(POLICY_KEY, None)
+        if policy not in (None, *POLICIES):
+            raise ValueError(
+                f"{flag(POLICY_KEY)}={policy!r} is not a policy; use one of {', '.join(POLICIES)}."
+            )
+        given = {key: value for key, value in given.items() if value is not None}
+        if policy != "sink":
+            if given:
+                key, value = next(iter(given.items()))
+                raise ValueError(
+                    f"{flag(key)}={value!r} has no effect without {flag(POLICY_KEY)} sink; "
+                    f"add {flag(POLICY_KEY)} sink or drop {flag(key)}."
+                )
+            return None
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        for key, least in (("sink_tokens", 0), ("sink_window", 1), ("sink_stride", 1)):
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(
+                    f"{flag(key)}={value!r} is a {type(value).__name__}; use a whole number of "
+                    f"tokens, {least} or more."
+                )
+            if value < least:
+                raise ValueError(f"{flag(key)}={value} is too small; use {least} or more (tokens).")
+        if self.sink_prompt not in PROMPT_MODES:
+            raise ValueError(
+                f"{flag('sink_prompt')}={self.sink_prompt!r} is not a prompt mode; use one of "
+                f"{', '.join(PROMPT_MODES)}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkConfig:
+    """The policy as it runs: every number decided, in tokens."""
+
+    schedule: Schedule
+    block_size: int
+    sink_prompt: PromptMode = "stream"
+
+    @property
+    def capacity(self) -> int:
+        return self.schedule.capacity
+
+    @property
+    def max_model_len(self) -> int:
+        """The engine's ``max_model_len``: room for the ``C`` cached tokens and the next one."""
+        return self.capacity + 1
+
+    def as_additional_config(self) -> dict[str, Any]:
+        """The same policy spelled as options, so that every process parses the same numbers."""
+        return {
+            POLICY_KEY: "sink",
+            "sink_tokens": self.schedule.sink_tokens,
+            "sink_window": self.schedule.window,
+            "sink_stride": self.schedule.stride,
+            "sink_prompt": self.sink_prompt,
+        }
+
+    @classmethod
+    def resolve(
+        cls,
+        options: SinkOptions,
+        *,
+        block_size: int,
+        trained_len: int,
+        max_model_len: int | None = None,
+    ) -> "SinkConfig":
+        """Fill in window and stride, and check every number against the others.
+
+        Args:
+            options: what the user asked for.
+            block_size: tokens per KV page.
+            trained_len: tokens the model was trained for (with its RoPE scaling).
+            max_model_len: ``--max-model-len`` as given; the capacity when no window is given.
+
+        Raises:
+            ValueError: one sentence that names option, value, rule and way out.
+        """
+        limit = trained_len if max_model_len is None else max_model_len
+        limit_name = (
+            "the length the model was trained for" if max_model_len is None else "--max-model-len"
+        )
+        if max_model_len is not None and max_model_len > trained_len:
+            raise ValueError(
+                f"--max-model-len={max_model_len} is above the {trained_len} tokens the model was "
+                f"trained for, and a stream never needs more cache than that; use "
+                f"{trained_len} or less."
+            )
+        sinks = options.sink_tokens
+        stride = options.sink_stride
+        if stride is None:
+            basis = limit if options.sink_window is None else sinks + options.sink_window
+            share = min(basis // _STRIDE_SHARE, _STRIDE_CAP) // block_size * block_size
+            stride = max(share, block_size)
+        elif stride % block_size:
+            below = stride // block_size * block_size
+            choices = f"{below} or {below + block_size}" if below else f"{block_size}"
+            raise ValueError(
+                f"--sink-stride={stride} is not a multiple of the KV block size {block_size}; "
+                f"use {choices}, or set --block-size to a divisor of {stride}."
+            )
+        window = options.sink_window
+        if window is None:
+            window = limit - sinks - stride
+            if window < 1:
+                raise ValueError(
+                    f"--sink-tokens={sinks} and --sink-stride={stride} leave no window in "
+                    f"{limit} tokens ({limit_name}); use fewer sink tokens, or a stride of at "
+                    f"least one block of {block_size} that leaves room."
+                )
+        schedule = Schedule(sink_tokens=sinks, window=window, stride=stride)
+        if schedule.capacity > trained_len:
+            raise ValueError(
+                f"--sink-window={window} makes a capacity of {schedule.capacity} tokens "
+                f"({sinks} sink tokens + {window} window + {stride} stride), more than the "
+                f"{trained_len} the model was trained for; use a window of "
+                f"{max(trained_len - sinks - stride, 0)} or less."
+            )
+        if max_model_len is not None and schedule.capacity > max_model_len:
+            raise ValueError(
+                f"--sink-window={window} makes a capacity of {schedule.capacity} tokens "
+                f"({sinks} sink tokens + {window} window + {stride} stride), which contradicts "
+                f"--max-model-len={max_model_len}; drop one of the two, or use a window of "
+                f"{max(max_model_len - sinks - stride, 0)} or less."
+            )
+        return cls(schedule=schedule, block_size=block_size, sink_prompt=options.sink_prompt)
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "SinkConfig | None":
+        """The policy of a finished ``VllmConfig``; ``None`` when it is off.
+
+        Start-up has written every number into ``additional_config`` (see
+        ``sink_vllm.frontend.engine_args``), so nothing is chosen here.
+        """
+        options = SinkOptions.parse(vllm_config.additional_config)
+        if options is None:
+            return None
+        if options.sink_window is None or options.sink_stride is None:
+            raise ValueError(
+                f"additional_config={vllm_config.additional_config!r} has not been resolved by "
+                "sink_vllm; build the VllmConfig with EngineArgs.create_engine_config()."
+            )
+        return cls(
+            schedule=Schedule(
+                sink_tokens=options.sink_tokens,
+                window=options.sink_window,
+                stride=options.sink_stride,
+            ),
+            block_size=vllm_config.cache_config.block_size,
+            sink_prompt=options.sink_prompt,
+        )

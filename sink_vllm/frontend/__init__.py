@@ -1,0 +1,1 @@
+"""What sink_vllm changes in the processes that build the configuration and talk to clients."""

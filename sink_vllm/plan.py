@@ -1,0 +1,51 @@
+"""What the scheduler tells the workers about evictions, one object per step.
+
+It travels as the attribute ``StepPlan.ATTRIBUTE`` of vLLM's ``SchedulerOutput`` (a plain
+dataclass without slots, so the attribute survives the pickling of the multiprocess and Ray
+executors). Imports neither torch nor vLLM: both sides of the engine load it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+
+class PageMove(NamedTuple):
+    """Copy slots ``[begin, end)`` of page ``src`` to the same slots of page ``dst``.
+
+    Keys are rotated by ``delta`` rope positions on the way, values are copied as they are.
+    ``src == dst`` rewrites the page in place. All moves of a step read before any of them
+    writes, and no two of them write the same slot.
+    """
+
+    src: int
+    dst: int
+    begin: int
+    end: int
+    delta: int
+
+
+class Resent(NamedTuple):
+    """A request whose compacted token list is sent to the workers again."""
+
+    rope_offset: int
+    """Added to the cache positions of the request from this step on."""
+    output_token_ids: list[int]
+    """Generated tokens still in the cache or about to be computed (V1 runner)."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Page moves of one step and the requests whose state is replaced."""
+
+    ATTRIBUTE: ClassVar[str] = "streaming_llm"
+
+    moves: list[PageMove] = field(default_factory=list)
+    resent: dict[str, Resent] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.moves or self.resent)
+
+    @classmethod
+    def of(cls, scheduler_output: Any) -> "StepPlan | None":
+        """The plan attached to a ``SchedulerOutput``; ``None`` for warm-up and dummy steps."""
+        return getattr(scheduler_output, cls.ATTRIBUTE, None)

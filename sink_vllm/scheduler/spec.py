@@ -1,0 +1,94 @@
+"""KV cache spec of layers under the policy, and its registration (every process)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from sink_vllm.schedule import Schedule, pages_per_stream
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from sink_vllm.config import SinkConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMSpec(FullAttentionSpec):
+    """Full attention over the bounded sequence of a stream.
+
+    The fields reach the block manager in the engine core; ``rope_rows`` is how the workers, which
+    have the model, tell the scheduler, which has not, where the RoPE table ends.
+    """
+
+    sink_tokens: int
+    window: int
+    stride: int
+    rope_rows: int | None
+    """Rope positions the model's tables hold; ``None`` when no layer rotates its keys."""
+
+    @classmethod
+    def wrap(
+        cls, spec: FullAttentionSpec, config: SinkConfig, rope_rows: int | None
+    ) -> StreamingLLMSpec:
+        """``spec`` under the policy ``config``."""
+        return cls(
+            **_fields_of(spec),
+            sink_tokens=config.schedule.sink_tokens,
+            window=config.schedule.window,
+            stride=config.schedule.stride,
+            rope_rows=rope_rows,
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(sink_tokens=self.sink_tokens, window=self.window, stride=self.stride)
+
+    @property
+    def pages_per_stream(self) -> int:
+        return pages_per_stream(self.schedule, self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of the largest request: a whole stream, pinned sink pages included.
+
+        vLLM refuses to start when the pool cannot hold this, and derives the number of streams
+        that fit from it.
+        """
+        return self.pages_per_stream * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[StreamingLLMSpec]) -> StreamingLLMSpec:  # type: ignore[override]
+        """One spec for the layers of a group; they share the policy, and rows of the shortest."""
+        base = FullAttentionSpec.merge(list(specs))
+        rows = [spec.rope_rows for spec in specs if spec.rope_rows is not None]
+        first = specs[0]
+        return cls(
+            **_fields_of(base),
+            sink_tokens=first.sink_tokens,
+            window=first.window,
+            stride=first.stride,
+            rope_rows=min(rows) if rows else None,
+        )
+
+
+def _fields_of(spec: FullAttentionSpec) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec)}
+
+
+def register() -> None:
+    """Tell vLLM which manager serves the spec. Idempotent.
+
+    ``_ensure_registered`` comes first: vLLM registers its own specs only while the registry is
+    empty, so a plugin that comes first would suppress all of them.
+    """
+    from sink_vllm.scheduler.manager import StreamingLLMManager
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        StreamingLLMSpec,
+        manager_class=StreamingLLMManager,
+        uniform_type_base_spec=FullAttentionSpec,
+    )

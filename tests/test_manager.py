@@ -1,0 +1,271 @@
+"""The block manager against vLLM's real block pool, with the content of every page tracked.
+
+The model of a page is a list of ``(stream position, rope position)`` per slot. Computing a token
+writes one slot, a page move copies slots and adds its delta to the rope positions. What must hold
+after every step is then the definition of the method: cache slot ``i`` of a stream holds the
+``i``-th cached stream position, rotated to cache position plus rope offset.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request
+
+from sink_vllm.plan import PageMove
+from sink_vllm.schedule import Schedule, pages_per_stream
+from sink_vllm.scheduler.manager import StreamingLLMManager
+from sink_vllm.scheduler.spec import StreamingLLMSpec
+from sink_vllm.scheduler.stream import Stream, compact, rehash
+
+BLOCK = 4
+Slot = tuple[int, int]
+"""Stream position and rope position of the key in a slot."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _hash_seed() -> None:
+    init_none_hash(sha256)
+
+
+@dataclass
+class Pool:
+    """A manager over a real block pool, and the content of its pages."""
+
+    schedule: Schedule
+    num_blocks: int
+    caching: bool = True
+    rows: int = 10_000
+    content: dict[int, list[Slot | None]] = field(default_factory=dict)
+    reanchorings: int = 0
+    evictions: int = 0
+
+    def __post_init__(self) -> None:
+        self.blocks = BlockPool(self.num_blocks, self.caching, BLOCK)
+        s = self.schedule
+        spec = StreamingLLMSpec(
+            block_size=BLOCK,
+            num_kv_heads=1,
+            head_size=8,
+            dtype=torch.float32,
+            sink_tokens=s.sink_tokens,
+            window=s.window,
+            stride=s.stride,
+            rope_rows=self.rows,
+        )
+        self.manager = StreamingLLMManager(
+            spec,
+            block_pool=self.blocks,
+            enable_caching=self.caching,
+            kv_cache_group_id=0,
+            scheduler_block_size=BLOCK,
+        )
+
+    def table(self, rid: str) -> list[int]:
+        return [block.block_id for block in self.manager.req_to_blocks[rid]]
+
+    def apply(self, moves: list[PageMove]) -> None:
+        """All moves read before any of them writes; no slot is written twice."""
+        read = [self.content[m.src][m.begin : m.end] for m in moves]
+        written: set[tuple[int, int]] = set()
+        for move, slots in zip(moves, read, strict=True):
+            page = self.content.setdefault(move.dst, [None] * BLOCK)
+            for slot, value in zip(range(move.begin, move.end), slots, strict=True):
+                assert (move.dst, slot) not in written
+                written.add((move.dst, slot))
+                page[slot] = None if value is None else (value[0], value[1] + move.delta)
+
+    def check_hashed_pages(self) -> None:
+        """A page that can be found by hash holds what was computed for that hash."""
+        for block in self.blocks.blocks:
+            if block.block_hash is not None:
+                page = self.content[block.block_id]
+                first = page[0]
+                assert first is not None and first[0] % BLOCK == 0
+                assert page == [(first[0] + i, first[0] + i) for i in range(BLOCK)]
+
+    @property
+    def num_free(self) -> int:
+        return self.blocks.get_num_free_blocks()
+
+
+class Run:
+    """One stream driven step by step, as the scheduler does it."""
+
+    def __init__(self, pool: Pool, rid: str, tokens: list[int], hits: bool = False) -> None:
+        self.pool = pool
+        self.rid = rid
+        hasher = get_request_block_hasher(BLOCK, sha256) if pool.caching else None
+        self.request = Request(rid, list(tokens), SamplingParams(max_tokens=10**9), None,
+                               block_hasher=hasher)  # fmt: skip
+        self.stream = Stream()
+        self.computed = 0
+        self.offset = 0
+        if hits:
+            (found,), length = pool.manager.find_longest_cache_hit(
+                self.request.block_hashes, len(tokens) - 1, [0], pool.blocks,
+                pool.manager.spec, False, BLOCK,
+            )  # fmt: skip
+            length = min(length, (pool.schedule.capacity - 1) // BLOCK * BLOCK)
+            pool.manager.add_local_computed_blocks(rid, found[: length // BLOCK], length, 0)
+            self.request.num_computed_tokens = self.computed = length
+
+    def evict(self) -> list[PageMove] | None:
+        pool, schedule = self.pool, self.pool.schedule
+        grown = self.offset + schedule.stride
+        delta = 0 if grown + schedule.capacity <= pool.rows else -grown
+        after = grown + delta
+        eviction = pool.manager.evict(self.rid, delta, after)
+        if eviction is None:
+            return None
+        self.offset = after
+        pool.evictions += 1
+        pool.reanchorings += bool(delta)
+        self.request._block_hasher = None
+        compact(self.request, self.stream, schedule)
+        before = pool.num_free
+        pool.apply(eviction.moves)
+        pool.blocks.free_blocks(eviction.retained)
+        assert pool.num_free >= before
+        return eviction.moves
+
+    def step(self) -> bool:
+        """Compute one token, evicting first if the cache is full; False without pages."""
+        pool, request = self.pool, self.request
+        if request.num_computed_tokens == pool.schedule.capacity and self.evict() is None:
+            return False
+        position = request.num_computed_tokens
+        need = -(-(position + 1) // BLOCK) - len(pool.manager.req_to_blocks[self.rid])
+        if need > pool.num_free:
+            return False
+        for block in pool.manager.allocate_new_blocks(self.rid, position + 1, position + 1):
+            pool.content[block.block_id] = [None] * BLOCK
+        page = pool.content[pool.table(self.rid)[position // BLOCK]]
+        page[position % BLOCK] = (self.computed, position + self.offset)
+        request.num_computed_tokens += 1
+        self.computed += 1
+        if request.num_tokens == request.num_computed_tokens:
+            request.append_output_token_ids(self.computed)
+        if pool.caching:
+            pool.manager.cache_blocks(request, request.num_computed_tokens, replay_boundaries=())
+        return True
+
+    def check(self) -> None:
+        """The cache holds exactly what the schedule says, rotated to where it is seen."""
+        pool = self.pool
+        wanted = pool.schedule.cached_positions(self.computed)
+        slots = list(itertools.chain(*(pool.content[b] for b in pool.table(self.rid))))
+        assert slots[: len(wanted)] == [(p, i + self.offset) for i, p in enumerate(wanted)]
+
+    def end(self) -> None:
+        self.pool.manager.free(self.rid)
+
+
+GRID = [
+    (sinks, window, strides * BLOCK)
+    for sinks in (0, 1, 3, 4, 5, 8, 9)
+    for window in (1, 3, 4, 6, 13)
+    for strides in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("sinks", "window", "stride"), GRID)
+def test_cache_content_follows_the_schedule(
+    sinks: int, window: int, stride: int, caching: bool
+) -> None:
+    """Twenty evictions and several re-anchorings in the smallest pool that fits one stream."""
+    schedule = Schedule(sink_tokens=sinks, window=window, stride=stride)
+    pages = pages_per_stream(schedule, BLOCK)
+    pool = Pool(schedule, pages + 1, caching, rows=schedule.capacity + 3 * stride)
+    run = Run(pool, "a", list(range(5)))
+    for _ in range(schedule.capacity + 20 * stride):
+        assert run.step()
+        run.check()
+        pool.check_hashed_pages()
+    assert pool.evictions == 20 and pool.reanchorings >= 4
+    held = len(pool.table("a")) + len(pool.manager.sink_pages["a"])
+    assert held <= pages and pool.num_free + held == pages
+    run.end()
+    assert pool.num_free == pages and not pool.manager.sink_pages
+
+
+def test_streams_with_the_same_start_share_their_sink_pages() -> None:
+    """Two streams over one prompt: hits, copies instead of rewrites, and one pinned page."""
+    schedule = Schedule(sink_tokens=5, window=9, stride=8)
+    pool = Pool(schedule, 60, rows=schedule.capacity + 24)
+    prompt = list(range(18))
+    first = Run(pool, "a", prompt)
+    while first.computed < 18:
+        assert first.step()
+    second = Run(pool, "b", prompt, hits=True)
+    assert second.computed == 16
+    while second.computed < 200:
+        for run in (first, second):
+            assert run.step()
+            run.check()
+        pool.check_hashed_pages()
+    assert pool.evictions > 40 and pool.reanchorings >= 2
+    pinned = [[b.block_id for b in pool.manager.sink_pages[r]] for r in "ab"]
+    assert pinned[0] == pinned[1]
+    assert not set(pool.table("a")) & set(pool.table("b"))
+    third = Run(pool, "c", prompt, hits=True)
+    assert third.computed >= 8 and pool.table("c")[:2] == pinned[0]
+    for run in (third, first, second):
+        run.end()
+    assert pool.num_free == 59
+
+
+def test_shared_pages_without_room_to_copy_refuse_the_eviction() -> None:
+    """With nothing free, a page that somebody else sees is left alone and nothing changes."""
+    schedule = Schedule(sink_tokens=4, window=8, stride=4)
+    pool = Pool(schedule, 30, rows=schedule.capacity)  # every eviction re-anchors
+    prompt = list(range(16))
+    first = Run(pool, "a", prompt)
+    for _ in range(16):
+        assert first.step()
+    second = Run(pool, "b", prompt, hits=True)
+    for _ in range(4):
+        assert second.step()
+    taken = pool.blocks.get_new_blocks(pool.num_free)
+    before = pool.table("a")
+    assert first.evict() is None
+    assert pool.table("a") == before and pool.num_free == 0 and "a" not in pool.manager.sink_pages
+    pool.blocks.free_blocks(taken)
+    assert first.step()
+    first.check()
+    assert pool.evictions == pool.reanchorings == 1
+
+
+def test_evicted_streams_are_not_hashed_until_they_are_recomputed() -> None:
+    """After an eviction no further page enters the prefix cache."""
+    schedule = Schedule(sink_tokens=4, window=8, stride=4)
+    pool = Pool(schedule, 40)
+    run = Run(pool, "a", list(range(20)))
+    for _ in range(schedule.capacity):
+        run.step()
+    hashed = {b.block_id for b in pool.blocks.blocks if b.block_hash is not None}
+    for _ in range(30):
+        run.step()
+    assert pool.evictions >= 7
+    assert {b.block_id for b in pool.blocks.blocks if b.block_hash is not None} <= hashed
+
+
+def test_rehash_follows_the_compacted_tokens() -> None:
+    """The hashes of a recomputed stream are those of its survivors as an ordinary prompt."""
+    schedule = Schedule(sink_tokens=4, window=8, stride=4)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    request = Request("a", list(range(17)), SamplingParams(max_tokens=9), None,
+                      block_hasher=hasher)  # fmt: skip
+    request.num_computed_tokens = 16
+    compact(request, Stream(), schedule)
+    rehash(request)
+    survivors = [0, 1, 2, 3, *range(8, 17)]
+    assert list(request.all_token_ids) == survivors
+    plain = Request("b", survivors, SamplingParams(max_tokens=9), None, block_hasher=hasher)
+    assert request.block_hashes == plain.block_hashes
