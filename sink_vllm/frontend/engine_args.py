@@ -1,0 +1,159 @@
+"""Turns the options into engine settings while vLLM builds its configuration.
+
+``EngineArgs.create_engine_config`` is the one place every way of starting vLLM goes through
+before anything is derived from ``max_model_len``. With the policy off the original runs
+untouched. With it on, the bounded sequence becomes the engine's ``max_model_len``, and scheduler
+and worker become ours.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sink_vllm.config import SinkConfig, SinkOptions
+from sink_vllm.facts import Facts, facts_of, model_facts
+from sink_vllm.gate import check
+from sink_vllm.patching import Patch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+SCHEDULER = "sink_vllm.scheduler.scheduler.make_scheduler"
+CPU_WORKER = "sink_vllm.worker.cpu_worker.StreamingLLMCPUWorker"
+GPU_WORKER = "sink_vllm.worker.gpu_worker.StreamingLLMGPUWorker"
+
+_CPU_BLOCK_SIZES = (128, 64, 32)  # vLLM's CPU attention takes multiples of 32 only
+_GPU_BLOCK_SIZE = 16  # vLLM's default
+_BLOCKS_PER_STREAM = 8  # fewer make the default stride a large part of the cache
+
+
+def _wrap_create_engine_config(
+    original: Callable[..., "VllmConfig"],
+) -> Callable[..., "VllmConfig"]:
+    def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
+        options = SinkOptions.parse(self.additional_config)
+        if options is None:
+            return original(self, *args, **kwargs)
+        _refuse_own_classes(self)
+        config, trained_len = _resolve(self, options)
+        with _engine_settings(self, config, trained_len):
+            vllm_config = original(self, *args, **kwargs)
+        _finish(vllm_config, config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _refuse_own_classes(engine_args: "EngineArgs") -> None:
+    for option, value, default in (
+        ("--scheduler-cls", engine_args.scheduler_cls, (None, SCHEDULER)),
+        ("--worker-cls", engine_args.worker_cls, ("auto", CPU_WORKER, GPU_WORKER)),
+    ):
+        if value not in default:
+            raise ValueError(
+                f"{option}={value!r} contradicts --kv-policy sink, which brings its own; "
+                f"drop one of the two."
+            )
+
+
+def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfig, int]:
+    """Decide every number, after refusing models the policy does not work with.
+
+    Returns:
+        The policy, and the length the model was trained for (tokens).
+    """
+    given_len = engine_args.max_model_len
+    if given_len == -1:
+        raise ValueError(
+            "--max-model-len=auto leaves the length to the free memory, but --kv-policy sink "
+            "needs to know the size of its cache; give a number, or drop --max-model-len."
+        )
+    probe = copy.copy(engine_args)
+    probe.max_model_len = None
+    model_config = probe.create_model_config()
+    check(Facts(**model_facts(model_config)))
+    trained_len = model_config.max_model_len
+    limit = trained_len if given_len is None else given_len
+    block_size = engine_args.block_size or _default_block_size(options, limit)
+    config = SinkConfig.resolve(
+        options, block_size=block_size, trained_len=trained_len, max_model_len=given_len
+    )
+    return config, trained_len
+
+
+def _default_block_size(options: SinkOptions, limit: int) -> int:
+    """Tokens per KV page when the user gives none; ``limit`` bounds the capacity (tokens).
+
+    Given to vLLM explicitly, because it may otherwise change the block size when it picks the
+    attention backend, after the stride has been decided.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return _GPU_BLOCK_SIZE
+    if options.sink_window is None:
+        capacity = limit
+    else:
+        capacity = options.sink_tokens + options.sink_window + (options.sink_stride or 0)
+    for block_size in _CPU_BLOCK_SIZES:
+        fits_stride = options.sink_stride is None or options.sink_stride % block_size == 0
+        if fits_stride and block_size * _BLOCKS_PER_STREAM <= capacity:
+            return block_size
+    return _CPU_BLOCK_SIZES[-1]
+
+
+@contextmanager
+def _engine_settings(
+    engine_args: "EngineArgs", config: SinkConfig, trained_len: int
+) -> Iterator[None]:
+    """``engine_args`` with the settings of the policy; the user's own come back afterwards.
+
+    vLLM may build the configuration twice from the same arguments (once to look, once to run).
+    """
+    from vllm.platforms import current_platform
+
+    settings = {
+        # vLLM takes no more than the trained length here; _finish adds the last token.
+        "max_model_len": min(config.max_model_len, trained_len),
+        "block_size": config.block_size,
+        "scheduler_cls": SCHEDULER,
+        "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
+        "additional_config": engine_args.additional_config | config.as_additional_config(),
+    }
+    own = {name: getattr(engine_args, name) for name in settings}
+    for name, value in settings.items():
+        setattr(engine_args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(engine_args, name, value)
+
+
+def _finish(vllm_config: "VllmConfig", config: SinkConfig) -> None:
+    """Refuse what only the finished configuration shows, and make it carry the plugin."""
+    from sink_vllm.frontend.shipping import ShippedConfig
+
+    check(facts_of(vllm_config))
+    block_size = vllm_config.cache_config.block_size
+    if block_size != config.block_size:
+        raise ValueError(
+            f"--block-size={config.block_size} was changed to {block_size} by vLLM for this "
+            f"model and platform; set --block-size {block_size}, and --sink-stride to a multiple "
+            "of it."
+        )
+    # The cache holds capacity <= trained length tokens. The one more is room for the token that
+    # has been sampled and evicts before it is computed: no untrained position is ever used.
+    vllm_config.model_config.max_model_len = config.max_model_len
+    vllm_config.additional_config = ShippedConfig(vllm_config.additional_config)
+
+
+PATCHES = (
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        wrapper=_wrap_create_engine_config,
+        record="0002-engine-args-create-engine-config",
+    ),
+)

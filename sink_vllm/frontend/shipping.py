@@ -1,0 +1,24 @@
+"""A dictionary that loads the plugin wherever it is unpickled.
+
+vLLM pickles the finished ``VllmConfig`` into engine cores, workers, Ray actors and Ray Serve
+replicas. Most of them load plugins early enough by themselves; a Ray Serve replica builds its
+engine from the pickle without ever doing so. Riding on ``VllmConfig.additional_config`` closes
+that hole, and turns a node without sink_vllm into an import error instead of a server without
+the policy.
+"""
+
+from typing import Any
+
+from sink_vllm.plugin import register
+
+
+class ShippedConfig(dict[str, Any]):
+    """``additional_config`` of a ``VllmConfig`` under the policy; a plain dict to everyone."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (dict(self),)
+
+
+def _rebuild(options: dict[str, Any]) -> ShippedConfig:
+    register()
+    return ShippedConfig(options)

@@ -1,0 +1,23 @@
+"""Every run-time patch of vLLM that sink_vllm makes, collected from the modules that make them.
+
+A module that patches vLLM lists its patches in a tuple named ``PATCHES``, is named here, and has
+one record per patch in ``patches/`` (tests/test_patch_records.py compares the two).
+"""
+
+import importlib
+
+from sink_vllm.patching import Patch
+
+PATCHING_MODULES = (
+    "sink_vllm.frontend.cli",
+    "sink_vllm.frontend.engine_args",
+)
+
+
+def declared_patches() -> tuple[Patch, ...]:
+    """All patches, in the order in which they are applied. Imports no vLLM."""
+    return tuple(
+        patch
+        for module_name in PATCHING_MODULES
+        for patch in importlib.import_module(module_name).PATCHES
+    )

@@ -1,0 +1,286 @@
+"""What ``--kv-policy sink`` refuses: one table for the gate, its messages, the docs and the test.
+
+Anything that is not known to work is refused before a model is loaded; nothing falls back
+silently. The first row that applies is reported, so the rows go from the model's nature to
+single settings. Imports neither torch nor vLLM.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sink_vllm.facts import Facts
+
+KNOWN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+PLATFORMS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One row of the table."""
+
+    name: str
+    what: str
+    found: Callable[[Facts], object]
+    """The value that was found when the row applies; ``None``, ``False`` or ``0`` otherwise."""
+    why: str
+    way_out: str
+    final: bool = False
+    """Whether the method itself does not apply; otherwise sink_vllm cannot do it *yet*."""
+
+    def reason(self, facts: Facts) -> str | None:
+        """One sentence with option, value, rule and way out, when the row applies."""
+        found = self.found(facts)
+        if not found:
+            return None
+        verb, when = ("cannot work with", "") if self.final else ("does not work with", " yet")
+        return f"--kv-policy sink {verb} {self.what}{when} ({found}): {self.why}; {self.way_out}."
+
+
+_OTHER_MODEL = "serve this model with --kv-policy full"
+
+
+def _if(applies: bool, value: object) -> object:
+    return value if applies else None
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "encoder-decoder",
+        "encoder-decoder models",
+        lambda f: _if(f.encoder_decoder, f.architecture),
+        "cross-attention reads the encoder's states, which must all stay",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "pooling",
+        "pooling and embedding models",
+        lambda f: _if(f.runner != "generate", f"--runner {f.runner}"),
+        "they read the whole input at once and generate no stream",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "attention-free",
+        "attention-free models",
+        lambda f: _if(f.attention_free, f.architecture),
+        "they have no KV cache to bound",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "bidirectional",
+        "bidirectional attention",
+        lambda f: _if(f.bidirectional, f.architecture),
+        "a key is not final until tokens after it are known, so it cannot be cached for ever",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "diffusion",
+        "diffusion language models",
+        lambda f: _if(f.diffusion, f.architecture),
+        "they rewrite tokens that are already in the cache",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "recurrent layers",
+        "hybrid models with state-space or linear-attention layers",
+        lambda f: _if(f.recurrent_layers, f.architecture),
+        "their recurrent state cannot forget evicted tokens, and shares pages with the KV cache",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "multimodal M-RoPE",
+        "multimodal rotary positions (M-RoPE)",
+        lambda f: _if(f.mrope, f.architecture),
+        "an image takes positions in three dimensions, which one offset cannot move",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "multimodal",
+        "multimodal models",
+        lambda f: _if(f.multimodal, f.architecture),
+        "an image could be cut in two by an eviction",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "MLA",
+        "multi-head latent attention",
+        lambda f: _if(f.mla, f.architecture),
+        "its pages hold compressed keys with a separate rotary part",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "sparse attention",
+        "sparse attention",
+        lambda f: _if(f.sparse_attention, f.architecture),
+        "its index cache would have to be evicted with the keys",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "local attention layers",
+        "layers with a sliding window or chunked attention of their own",
+        lambda f: f.local_attention,
+        "vLLM manages their pages in a group of its own, with an eviction rule of its own",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "unequal layers",
+        "models whose attention layers differ in shape",
+        lambda f: _if(f.unequal_layers, f.architecture),
+        "vLLM manages their pages in several groups",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "shared KV layers",
+        "layers that read another layer's KV cache",
+        lambda f: f.shared_kv_layers,
+        "their keys would be moved twice",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "Transformers backend",
+        "vLLM's Transformers backend",
+        lambda f: _if(f.transformers_backend, f.architecture),
+        "its rotary embedding is not vLLM's, so keys cannot be rotated the way the model does",
+        "use a model that vLLM implements, without --model-impl transformers",
+    ),
+    Refusal(
+        "ALiBi",
+        "ALiBi position biases",
+        lambda f: _if(f.positions == "alibi", f.architecture),
+        "exact by construction, but never tested",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "learned absolute positions",
+        "positions that are not rotary (RoPE), such as learned absolute embeddings",
+        lambda f: _if(f.positions == "other", f.architecture),
+        "a position that is part of a token's hidden state cannot be changed in its cached key",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "RoPE scaling",
+        "RoPE scaling other than " + ", ".join(KNOWN_ROPE_TYPES),
+        lambda f: [t for t in f.rope_types if t not in KNOWN_ROPE_TYPES],
+        "frequencies that depend on the length cannot rotate a key by a difference of positions",
+        "use a checkpoint with one of these scalings, or --kv-policy full",
+    ),
+    Refusal(
+        "position-scaled attention",
+        "queries that are scaled by their absolute position",
+        lambda f: f.position_scaled_attention,
+        "positions inside the cache are not the positions of the text",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "prompt embeddings",
+        "prompts given as embeddings",
+        lambda f: _if(f.prompt_embeds, "--enable-prompt-embeds"),
+        "a stream is kept as token ids when it has to be recomputed",
+        "drop --enable-prompt-embeds",
+    ),
+    Refusal(
+        "custom logits processors",
+        "custom logits processors",
+        lambda f: _if(f.custom_logits_processors, "--logits-processors"),
+        "they are given a list of output tokens, from which evicted ones are missing",
+        "drop --logits-processors",
+    ),
+    Refusal(
+        "platform",
+        "platforms other than " + " and ".join(PLATFORMS),
+        lambda f: _if(f.platform not in PLATFORMS, f.platform),
+        "its attention backends may store keys in another layout",
+        "run on one of these, or use --kv-policy full",
+    ),
+    Refusal(
+        "V2 model runner",
+        "vLLM's V2 model runner",
+        lambda f: _if(f.v2_model_runner, "the default on GPUs"),
+        "rope offsets and page moves are written for the V1 runner",
+        "set VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+    Refusal(
+        "Rust front end",
+        "the Rust front end",
+        lambda f: _if(f.rust_frontend, "VLLM_USE_RUST_FRONTEND=1"),
+        "it knows nothing of prompts and outputs longer than the cache",
+        "unset VLLM_USE_RUST_FRONTEND",
+    ),
+    Refusal(
+        "no chunked prefill",
+        "chunked prefill switched off",
+        lambda f: _if(not f.chunked_prefill, "--no-enable-chunked-prefill"),
+        "a prompt longer than the cache is computed in chunks, evicting between them",
+        "drop --no-enable-chunked-prefill",
+        final=True,
+    ),
+    Refusal(
+        "quantised KV cache",
+        "a quantised KV cache",
+        lambda f: _if(f.kv_cache_dtype not in PLAIN_KV_DTYPES, f.kv_cache_dtype),
+        "rotating a key would need its scale",
+        "use --kv-cache-dtype auto",
+    ),
+    Refusal(
+        "speculative decoding",
+        "speculative decoding",
+        lambda f: f.speculative_method,
+        "draft tokens may have to be taken back after an eviction",
+        "drop --speculative-config",
+    ),
+    Refusal(
+        "KV connector",
+        "KV connectors",
+        lambda f: f.kv_connector,
+        "pages that leave the engine would have to carry their rope offset",
+        "drop --kv-transfer-config",
+    ),
+    Refusal(
+        "KV offloading",
+        "KV cache offloading",
+        lambda f: _if(bool(f.kv_offloading_gib), f"{f.kv_offloading_gib} GiB"),
+        "pages that leave the engine would have to carry their rope offset",
+        "drop --kv-offloading-size",
+    ),
+    Refusal(
+        "prefill context parallelism",
+        "prefill context parallelism",
+        lambda f: _if(f.prefill_context_parallel > 1, f.prefill_context_parallel),
+        "the pages of one stream are spread over several workers",
+        "use --prefill-context-parallel-size 1",
+    ),
+    Refusal(
+        "decode context parallelism",
+        "decode context parallelism",
+        lambda f: _if(f.decode_context_parallel > 1, f.decode_context_parallel),
+        "the pages of one stream are spread over several workers",
+        "use --decode-context-parallel-size 1",
+    ),
+    Refusal(
+        "pipeline parallelism",
+        "pipeline parallelism",
+        lambda f: _if(f.pipeline_parallel > 1, f.pipeline_parallel),
+        "later stages would get the output tokens of a stream that has been compacted",
+        "use --tensor-parallel-size instead of --pipeline-parallel-size",
+    ),
+    Refusal(
+        "microbatching",
+        "microbatching (dual batch overlap)",
+        lambda f: _if(f.microbatching, "--enable-dbo or --ubatch-size"),
+        "a batch cut in two is given its positions before the rope offsets are added",
+        "drop --enable-dbo and --ubatch-size",
+    ),
+    Refusal(
+        "KV sharing fast prefill",
+        "fast prefill with KV sharing",
+        lambda f: _if(f.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        "it skips tokens of layers whose keys would have to be moved",
+        "drop --kv-sharing-fast-prefill",
+    ),
+)
