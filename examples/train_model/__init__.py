@@ -1,0 +1,1 @@
+"""Train, export and measure the small Python-source model in ``examples/models``."""
