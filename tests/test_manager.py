@@ -86,7 +86,8 @@ class Pool:
             if block.block_hash is not None:
                 page = self.content[block.block_id]
                 first = page[0]
-                assert first is not None and first[0] % BLOCK == 0
+                assert first is not None
+                assert first[0] % BLOCK == 0
                 assert page == [(first[0] + i, first[0] + i) for i in range(BLOCK)]
 
     @property
@@ -188,11 +189,14 @@ def test_cache_content_follows_the_schedule(
         assert run.step()
         run.check()
         pool.check_hashed_pages()
-    assert pool.evictions == 20 and pool.reanchorings >= 4
+    assert pool.evictions == 20
+    assert pool.reanchorings >= 4
     held = len(pool.table("a")) + len(pool.manager.sink_pages["a"])
-    assert held <= pages and pool.num_free + held == pages
+    assert held <= pages
+    assert pool.num_free + held == pages
     run.end()
-    assert pool.num_free == pages and not pool.manager.sink_pages
+    assert pool.num_free == pages
+    assert not pool.manager.sink_pages
 
 
 def test_streams_with_the_same_start_share_their_sink_pages() -> None:
@@ -210,12 +214,14 @@ def test_streams_with_the_same_start_share_their_sink_pages() -> None:
             assert run.step()
             run.check()
         pool.check_hashed_pages()
-    assert pool.evictions > 40 and pool.reanchorings >= 2
+    assert pool.evictions > 40
+    assert pool.reanchorings >= 2
     pinned = [[b.block_id for b in pool.manager.sink_pages[r]] for r in "ab"]
     assert pinned[0] == pinned[1]
     assert not set(pool.table("a")) & set(pool.table("b"))
     third = Run(pool, "c", prompt, hits=True)
-    assert third.computed >= 8 and pool.table("c")[:2] == pinned[0]
+    assert third.computed >= 8
+    assert pool.table("c")[:2] == pinned[0]
     for run in (third, first, second):
         run.end()
     assert pool.num_free == 59
@@ -235,7 +241,9 @@ def test_shared_pages_without_room_to_copy_refuse_the_eviction() -> None:
     taken = pool.blocks.get_new_blocks(pool.num_free)
     before = pool.table("a")
     assert first.evict() is None
-    assert pool.table("a") == before and pool.num_free == 0 and "a" not in pool.manager.sink_pages
+    assert pool.table("a") == before
+    assert pool.num_free == 0
+    assert "a" not in pool.manager.sink_pages
     pool.blocks.free_blocks(taken)
     assert first.step()
     first.check()
