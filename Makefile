@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint format clean
 
-# The newest Python that is old enough for every pin; override with PYTHON=/path/to/python3.
+# The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
 # cpu, or gpu for vLLM's CUDA build.
 DEVICE ?= cpu
@@ -14,6 +14,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 install: $(STAMP) ## prepare .venv (does nothing when it is up to date)
+	@echo ".venv is up to date"
 
 $(STAMP): pyproject.toml .ci/install.py
 	@$(PYTHON) .ci/install.py --device $(DEVICE)

@@ -59,8 +59,7 @@ class Installer:
     def run(self) -> None:
         """Install, or return at once when the stamp fits."""
         if self.stamp.is_file() and self.stamp.read_text() == self.fingerprint():
-            self.stamp.touch()
-            print(f"{self.venv.name} is up to date")
+            self.stamp.touch()  # only for make, which compares times
             return
         self.make_venv()
         self.log.write_text("")
@@ -70,7 +69,6 @@ class Installer:
             self.install_gpu()
         self.check()
         self.stamp.write_text(self.fingerprint())
-        print(f"ready: {self.venv.name} (log: {self.log})")
 
     def fingerprint(self) -> str:
         """What the contents of the environment depend on."""
