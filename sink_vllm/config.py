@@ -23,9 +23,25 @@ _STRIDE_CAP = 256  # ... but not more: a longer stride saves nothing measurable
 PromptMode = Literal["stream", "truncate"]
 
 
+def _default_stride(basis: int, block_size: int) -> int:
+    """A share of ``basis`` tokens, in whole blocks, at least one."""
+    share = min(basis // _STRIDE_SHARE, _STRIDE_CAP) // block_size * block_size
+    return max(share, block_size)
+
+
 def flag(key: str) -> str:
     """The command line spelling of an ``additional_config`` key."""
     return "--" + key.replace("_", "-")
+
+
+def _is_ours(key: object) -> bool:
+    """Whether ``key`` is one of our options, or a misspelling that nobody else would use."""
+    if not isinstance(key, str):
+        return False
+    bare = key.replace("-", "").replace("_", "").lower()
+    return key.startswith(("sink_", POLICY_KEY)) or bare in (
+        k.replace("_", "") for k in OPTION_KEYS
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +54,25 @@ class SinkOptions:
     sink_prompt: PromptMode = "stream"
 
     @classmethod
-    def parse(cls, additional_config: Mapping[str, Any] | None) -> "SinkOptions | None":
+    def parse(cls, additional_config: object) -> "SinkOptions | None":
         """Options in ``additional_config``; ``None`` when the policy is off.
 
-        Keys of other plugins are left alone.
+        Keys of other plugins are left alone, and so is anything that is not a mapping (vLLM
+        allows other objects there).
 
         Raises:
-            ValueError: unknown ``sink_…`` or ``kv_…`` key, wrong type, value out of range, or
-                sink options without ``kv_policy="sink"``.
+            ValueError: unknown ``sink_…`` or ``kv_policy…`` key, wrong type, value out of range,
+                or sink options without ``kv_policy="sink"``.
         """
-        given = {
-            key: value
-            for key, value in (additional_config or {}).items()
-            if key.startswith(("sink_", "kv_policy"))
-        }
-        for key in given:
+        if not isinstance(additional_config, Mapping):
+            return None
+        given = {key: value for key, value in additional_config.items() if _is_ours(key)}
+        for key, value in given.items():
             if key not in OPTION_KEYS:
                 near = difflib.get_close_matches(key, OPTION_KEYS, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(
-                    f"additional_config[{key!r}]={given[key]!r} is not an option of sink_vllm; "
+                    f"additional_config[{key!r}]={value!r} is not an option of sink_vllm; "
                     f"{hint}the options are {', '.join(OPTION_KEYS)}."
                 )
         policy = given.pop(POLICY_KEY, None)
@@ -66,15 +81,15 @@ class SinkOptions:
                 f"{flag(POLICY_KEY)}={policy!r} is not a policy; use one of {', '.join(POLICIES)}."
             )
         given = {key: value for key, value in given.items() if value is not None}
-        if policy != "sink":
-            if given:
-                key, value = next(iter(given.items()))
-                raise ValueError(
-                    f"{flag(key)}={value!r} has no effect without {flag(POLICY_KEY)} sink; "
-                    f"add {flag(POLICY_KEY)} sink or drop {flag(key)}."
-                )
-            return None
-        return cls(**given)
+        if policy == "sink":
+            return cls(**given)
+        if given:
+            key, value = next(iter(given.items()))
+            clash = "contradicts --kv-policy full" if policy else "has no effect by itself"
+            raise ValueError(
+                f"{flag(key)}={value!r} {clash}; use {flag(POLICY_KEY)} sink or drop {flag(key)}."
+            )
+        return None
 
     def __post_init__(self) -> None:
         for key, least in (("sink_tokens", 0), ("sink_window", 1), ("sink_stride", 1)):
@@ -142,54 +157,45 @@ class SinkConfig:
         Raises:
             ValueError: one sentence that names option, value, rule and way out.
         """
-        limit = trained_len if max_model_len is None else max_model_len
-        limit_name = (
-            "the length the model was trained for" if max_model_len is None else "--max-model-len"
-        )
         if max_model_len is not None and max_model_len > trained_len:
             raise ValueError(
                 f"--max-model-len={max_model_len} is above the {trained_len} tokens the model was "
                 f"trained for, and a stream never needs more cache than that; use "
                 f"{trained_len} or less."
             )
+        if max_model_len is None:
+            limit, limit_name = trained_len, "the length the model was trained for"
+        else:
+            limit, limit_name = max_model_len, "--max-model-len"
         sinks = options.sink_tokens
-        stride = options.sink_stride
-        if stride is None:
-            basis = limit if options.sink_window is None else sinks + options.sink_window
-            share = min(basis // _STRIDE_SHARE, _STRIDE_CAP) // block_size * block_size
-            stride = max(share, block_size)
-        elif stride % block_size:
+        basis = limit if options.sink_window is None else sinks + options.sink_window
+        stride = options.sink_stride or _default_stride(basis, block_size)
+        if stride % block_size:
             below = stride // block_size * block_size
             choices = f"{below} or {below + block_size}" if below else f"{block_size}"
             raise ValueError(
                 f"--sink-stride={stride} is not a multiple of the KV block size {block_size}; "
                 f"use {choices}, or set --block-size to a divisor of {stride}."
             )
-        window = options.sink_window
-        if window is None:
-            window = limit - sinks - stride
-            if window < 1:
-                raise ValueError(
-                    f"--sink-tokens={sinks} and --sink-stride={stride} leave no window in "
-                    f"{limit} tokens ({limit_name}); use fewer sink tokens, or a stride of at "
-                    f"least one block of {block_size} that leaves room."
-                )
-        schedule = Schedule(sink_tokens=sinks, window=window, stride=stride)
-        if schedule.capacity > trained_len:
+        room = limit - sinks - stride
+        if room < 1:
             raise ValueError(
-                f"--sink-window={window} makes a capacity of {schedule.capacity} tokens "
+                f"--sink-tokens={sinks} and a stride of {stride} leave no window in {limit} "
+                f"tokens ({limit_name}); use fewer sink tokens, a smaller --sink-stride (a "
+                f"multiple of the KV block size {block_size}) or a smaller --block-size."
+            )
+        window = options.sink_window or room
+        if window > room:
+            raise ValueError(
+                f"--sink-window={window} makes a capacity of {sinks + window + stride} tokens "
                 f"({sinks} sink tokens + {window} window + {stride} stride), more than the "
-                f"{trained_len} the model was trained for; use a window of "
-                f"{max(trained_len - sinks - stride, 0)} or less."
+                f"{limit} of {limit_name}; use a window of {room} or less."
             )
-        if max_model_len is not None and schedule.capacity > max_model_len:
-            raise ValueError(
-                f"--sink-window={window} makes a capacity of {schedule.capacity} tokens "
-                f"({sinks} sink tokens + {window} window + {stride} stride), which contradicts "
-                f"--max-model-len={max_model_len}; drop one of the two, or use a window of "
-                f"{max(max_model_len - sinks - stride, 0)} or less."
-            )
-        return cls(schedule=schedule, block_size=block_size, sink_prompt=options.sink_prompt)
+        return cls(
+            schedule=Schedule(sink_tokens=sinks, window=window, stride=stride),
+            block_size=block_size,
+            sink_prompt=options.sink_prompt,
+        )
 
     @classmethod
     def of(cls, vllm_config: Any) -> "SinkConfig | None":

@@ -9,7 +9,7 @@ and worker become ours.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sink_vllm.config import SinkConfig, SinkOptions
 from sink_vllm.facts import Facts, facts_of, model_facts
@@ -64,14 +64,14 @@ def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfi
     Returns:
         The policy, and the length the model was trained for (tokens).
     """
-    given_len = engine_args.max_model_len
+    given_len: int | None = engine_args.max_model_len  # vLLM types it as int, with default None
     if given_len == -1:
         raise ValueError(
             "--max-model-len=auto leaves the length to the free memory, but --kv-policy sink "
             "needs to know the size of its cache; give a number, or drop --max-model-len."
         )
     probe = copy.copy(engine_args)
-    probe.max_model_len = None
+    probe.max_model_len = None  # type: ignore[assignment]
     model_config = probe.create_model_config()
     check(Facts(**model_facts(model_config)))
     trained_len = model_config.max_model_len
@@ -147,7 +147,9 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig) -> None:
     # The cache holds capacity <= trained length tokens. The one more is room for the token that
     # has been sampled and evicts before it is computed: no untrained position is ever used.
     vllm_config.model_config.max_model_len = config.max_model_len
-    vllm_config.additional_config = ShippedConfig(vllm_config.additional_config)
+    vllm_config.additional_config = ShippedConfig(
+        cast(dict[str, Any], vllm_config.additional_config)
+    )
 
 
 PATCHES = (
