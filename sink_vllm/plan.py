@@ -29,6 +29,8 @@ class Resent(NamedTuple):
 
     rope_offset: int
     """Added to the cache positions of the request from this step on."""
+    evicted: int
+    """Tokens evicted so far: stream positions minus cache positions of window and new tokens."""
     output_token_ids: list[int]
     """Generated tokens still in the cache or about to be computed (V1 runner)."""
 

@@ -8,7 +8,7 @@ loop. Its compacted state reaches the workers the way vLLM's streaming input ses
 """
 
 import time
-from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -21,6 +21,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -28,6 +29,7 @@ from sink_vllm.config import SinkConfig
 from sink_vllm.plan import PageMove, Resent, StepPlan
 from sink_vllm.scheduler.manager import StreamingLLMManager
 from sink_vllm.scheduler.stream import Stream, compact, open_stream, rehash
+from sink_vllm.stats import StreamingLLMStats
 
 logger = init_logger(__name__)
 
@@ -59,6 +61,7 @@ class StreamingLLMMixin(Scheduler):
         self._retained: list[KVCacheBlock] = []
         self._resent: list[NewRequestData] = []
         self._report_due: set[str] = set()
+        self._step_stats = StreamingLLMStats()
         self._log_start()
 
     def _log_start(self) -> None:
@@ -85,10 +88,19 @@ class StreamingLLMMixin(Scheduler):
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
-            self.streams[request.request_id] = open_stream(
-                request, self.schedule_of_stream, self.policy_config.sink_prompt
-            )
+            stream = open_stream(request, self.schedule_of_stream, self.policy_config.sink_prompt)
+            self.streams[request.request_id] = stream
+            if stream.evicted:
+                self._count(stream, stream.evicted)
+                self._report_due.add(request.request_id)
         super().add_request(request)
+
+    def _count(self, stream: Stream, tokens: int) -> None:
+        """Account for ``tokens`` just evicted from ``stream``, or never computed."""
+        strides = tokens // self.schedule_of_stream.stride
+        self._step_stats.streams += stream.evictions == strides
+        self._step_stats.tokens += tokens
+        self._step_stats.evictions += strides
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Forget the pages of a request; it is recomputed from its compacted tokens."""
@@ -123,6 +135,7 @@ class StreamingLLMMixin(Scheduler):
             for request in self._full_streams():
                 self._evict(request)
         output = super().schedule(throttle_prefills)
+        self._count_pending_prompts(output)
         if self._resent:
             output.scheduled_new_reqs.extend(self._resent)
         plan = StepPlan(
@@ -144,6 +157,18 @@ class StreamingLLMMixin(Scheduler):
             self.manager.block_pool.free_blocks(self._retained)
             self._retained = []
         return output
+
+    def _count_pending_prompts(self, output: SchedulerOutput) -> None:
+        """Let vLLM's statistics see whole prompts, not just what the engine sees at once."""
+        for data in output.scheduled_new_reqs:
+            pending = len(self.streams[data.req_id].pending)
+            stats = self.requests[data.req_id].prefill_stats
+            if pending and stats is not None and not self.requests[data.req_id].num_preemptions:
+                stats.set(
+                    num_prompt_tokens=stats.num_prompt_tokens + pending,
+                    num_local_cached_tokens=stats.num_local_cached_tokens,
+                    num_external_cached_tokens=stats.num_external_cached_tokens,
+                )
 
     def _full_streams(self) -> list[Request]:
         """Running requests whose cache is full, with one more token to compute, none in flight."""
@@ -176,6 +201,8 @@ class StreamingLLMMixin(Scheduler):
         stream.rope_offset = offset
         stream.reanchorings += bool(window_delta)
         compact(request, stream, self.schedule_of_stream)
+        self._count(stream, self.schedule_of_stream.stride)
+        self._step_stats.reanchorings += bool(window_delta)
         self._report_due.add(request.request_id)
 
     def _next_rope_offset(self, stream: Stream) -> tuple[int, int]:
@@ -203,8 +230,10 @@ class StreamingLLMMixin(Scheduler):
         return victim
 
     def _resent_state(self, req_id: str) -> Resent:
+        stream = self.streams[req_id]
         return Resent(
-            rope_offset=self.streams[req_id].rope_offset,
+            rope_offset=stream.rope_offset,
+            evicted=stream.evicted,
             output_token_ids=list(self.requests[req_id]._output_token_ids),
         )
 
@@ -218,12 +247,9 @@ class StreamingLLMMixin(Scheduler):
     ) -> CachedRequestData:
         """Divert requests the workers have an outdated copy of: they leave as new requests."""
         self._resent = [
-            NewRequestData.from_request(
-                request,
-                self.kv_cache_manager.get_block_ids(request.request_id),
-                request._all_token_ids.copy() if self.use_v2_model_runner else None,
-            )
-            for request in self._dirty((*running_reqs, *resumed_reqs))
+            self._new_request_data(request)
+            for request in (*running_reqs, *resumed_reqs)
+            if self.streams[request.request_id].dirty
         ]
         if self._resent:
             diverted = {data.req_id for data in self._resent}
@@ -237,8 +263,19 @@ class StreamingLLMMixin(Scheduler):
             req_to_new_blocks,
         )
 
-    def _dirty(self, requests: Iterable[Request]) -> list[Request]:
-        return [request for request in requests if self.streams[request.request_id].dirty]
+    def _new_request_data(self, request: Request) -> NewRequestData:
+        data = NewRequestData.from_request(
+            request,
+            self.kv_cache_manager.get_block_ids(request.request_id),
+            request._all_token_ids.copy() if self.use_v2_model_runner else None,
+        )
+        params = data.sampling_params
+        if self.use_v2_model_runner and params is not None and params.min_tokens:
+            # That runner samples with stream positions, and compares them with prompt length
+            # plus min_tokens.
+            data.sampling_params = copy(params)
+            data.sampling_params.min_tokens += self.streams[request.request_id].evicted
+        return data
 
     # -- limits -----------------------------------------------------------------------------
 
@@ -269,6 +306,13 @@ class StreamingLLMMixin(Scheduler):
         return blocks, num_tokens, boundary, diverged
 
     # -- output -----------------------------------------------------------------------------
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self._step_stats.attach(stats)
+            self._step_stats = StreamingLLMStats()
+        return stats
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

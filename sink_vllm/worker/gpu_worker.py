@@ -1,0 +1,34 @@
+"""The GPU worker under the policy (``--worker-cls``, set at start-up)."""
+
+from typing import Any
+
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from sink_vllm.worker.runner_v1 import StreamingLLMRunnerV1
+from sink_vllm.worker.runner_v2 import StreamingLLMRunnerV2
+from sink_vllm.worker.self_test import self_test
+
+
+class StreamingLLMGPUModelRunner(StreamingLLMRunnerV1, GPUModelRunner):
+    """vLLM's V1 model runner under the policy."""
+
+
+class StreamingLLMGPUModelRunnerV2(StreamingLLMRunnerV2, GPUModelRunnerV2):
+    """vLLM's V2 model runner under the policy."""
+
+
+class StreamingLLMGPUWorker(Worker):
+    """vLLM's GPU worker with a model runner that moves pages and offsets positions."""
+
+    def _make_model_runner(self) -> Any:
+        cls = (
+            StreamingLLMGPUModelRunnerV2 if self.use_v2_model_runner else StreamingLLMGPUModelRunner
+        )
+        return cls(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        self_test(self.model_runner)
+        return result

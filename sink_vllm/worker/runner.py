@@ -1,0 +1,50 @@
+"""What the mixins of both model runners share: layers, KV cache specs, the mover of pages."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+
+from sink_vllm.config import SinkConfig
+from sink_vllm.scheduler.spec import StreamingLLMSpec
+from sink_vllm.worker.layers import AttentionLayer, attention_layers, rope_rows
+from sink_vllm.worker.offsets import RopeOffsets
+from sink_vllm.worker.page_moves import PageMover
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    # Both runners offer what is used here; type checkers see the first.
+    _Runner = GPUModelRunner
+else:
+    _Runner = object
+
+
+class StreamingLLMRunner(_Runner):
+    """Base of the mixins; comes before vLLM's model runner in the bases of a concrete class."""
+
+    rope_offsets: RopeOffsets
+    attention_layers: list[AttentionLayer]
+    page_mover: PageMover
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
+        self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The model's specs, its full-attention layers under the policy."""
+        config = SinkConfig.of(self.vllm_config)
+        assert config is not None, "the worker of the policy needs the policy"
+        rows = rope_rows(self.attention_layers)
+        return {
+            name: StreamingLLMSpec.wrap(spec, config, rows)
+            if type(spec) is FullAttentionSpec
+            else spec
+            for name, spec in super().get_kv_cache_spec().items()
+        }
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self.page_mover = PageMover.for_runner(self)
