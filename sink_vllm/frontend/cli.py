@@ -81,6 +81,7 @@ class _StoreOption(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
+        _refuse_without_engine(parser, self)
         config = dict(getattr(namespace, _DEST, None) or {})  # argparse shares its default dict
         earlier = getattr(namespace, self.dest, None)
         # The flag given twice (YAML, then command line) is an override, not a contradiction.
@@ -100,6 +101,8 @@ class _MergeOptions(argparse._StoreAction):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        if isinstance(values, dict) and POLICY_KEY in values:
+            _refuse_without_engine(parser, self)
         given = {key: getattr(namespace, key, None) for key in OPTION_KEYS}
         given = {key: value for key, value in given.items() if value is not None}
         if given:
@@ -108,6 +111,16 @@ class _MergeOptions(argparse._StoreAction):
                 if values.setdefault(key, value) != value:
                     raise _contradiction(self, key, value, values[key])
         super().__call__(parser, namespace, values, option_string)
+
+
+def _refuse_without_engine(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+    """``vllm launch render`` would drop the options silently: it builds no engine configuration."""
+    if parser.prog.endswith(" render"):  # argparse puts the usage of "vllm launch" in front
+        raise argparse.ArgumentError(
+            action,
+            "--kv-policy and its options have no effect on a render server, which keeps vLLM's "
+            "length limits; use vllm serve.",
+        )
 
 
 def _contradiction(
@@ -124,7 +137,10 @@ def _wrap_add_cli_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         parser = original(parser)
         group = parser.add_argument_group(title=GROUP_TITLE, description=_DESCRIPTION)
         for key, settings in _FLAGS.items():
-            group.add_argument(flag(key), action=_StoreOption, default=None, **settings)
+            # SUPPRESS: what is not given is not in the namespace, which stays as vLLM made it.
+            group.add_argument(
+                flag(key), action=_StoreOption, default=argparse.SUPPRESS, **settings
+            )
         # argparse offers no other way to reach an option that somebody else has added.
         parser._option_string_actions[_OPTION].__class__ = _MergeOptions
         return parser
