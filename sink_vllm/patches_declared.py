@@ -11,6 +11,10 @@ from sink_vllm.patching import Patch
 PATCHING_MODULES = (
     "sink_vllm.frontend.cli",
     "sink_vllm.frontend.engine_args",
+    "sink_vllm.frontend.clients",
+    "sink_vllm.frontend.lengths",
+    "sink_vllm.frontend.requests",
+    "sink_vllm.frontend.streams",
 )
 
 

@@ -1,0 +1,172 @@
+"""Streamed responses take constant memory in the front end, however long they get.
+
+What vLLM accumulates per request (in ``OutputProcessor``) and what becomes of it here, for
+streamed (DELTA) requests only; a response in one piece is as long as it is:
+
+==================================  ==========================================================
+token ids, text, held-back text     ``sink_vllm.frontend.detokenizer``
+log-probabilities                   the last few stay (vLLM looks back 4 for split characters)
+deltas a client has not read        at most ``STALLED_AFTER`` tokens, then the request is aborted
+text of a chat response             ``sink_vllm.frontend.streams``
+==================================  ==========================================================
+
+Deltas that a client has not read yet are merged by vLLM into one, so a slow client catches up
+with its next read. The limit is reached only by a client that has stopped reading altogether:
+its connection takes no more bytes while that many tokens are made. Generating on for it would
+fill the memory. The request ends as aborted; everything made until then is still delivered, with
+``finish_reason`` ``"abort"``.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm.logger import init_logger
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    OutputProcessorOutput,
+    RequestOutputCollector,
+    RequestState,
+)
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from sink_vllm.frontend.detokenizer import make_endless
+from sink_vllm.frontend.report import Account
+
+logger = init_logger(__name__)
+
+STALLED_AFTER = 65_536  # tokens
+_FORGET_LOGPROBS_AFTER = 64  # positions
+_KEEP_LOGPROBS = 8  # positions
+
+
+class EndlessRequestState(RequestState):
+    """vLLM's state of one response, which forgets what it has sent."""
+
+    def begin(self, account: Account, stalled: list[str]) -> None:
+        """Take over from vLLM's class, before the first output.
+
+        Args:
+            account: shared by the choices of a request.
+            stalled: where to name this request if its client stops reading.
+        """
+        self._account = account
+        self._stalled = stalled
+        self._delta = self.output_kind == RequestOutputKind.DELTA
+        if self._delta and self.detokenizer is not None:
+            self._endless = make_endless(self.detokenizer, self.prompt_token_ids)
+
+    def make_request_output(
+        self,
+        new_token_ids: list[int],
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: int | str | None,
+        kv_transfer_params: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.detokenizer is None:  # pooling; refused at start-up
+            return super().make_request_output(
+                new_token_ids,
+                pooling_output,
+                finish_reason,
+                stop_reason,
+                kv_transfer_params,
+                *args,
+                **kwargs,
+            )
+        self._account.update(self.request_index, kv_transfer_params)
+        if finish_reason is not None:
+            position = self.prompt_len + self.detokenizer.num_output_tokens()
+            self._account.close(self.request_index, position)
+        if self._delta and finish_reason is None and self._unread() > STALLED_AFTER:
+            self._stalled.append(self.request_id)
+        output = super().make_request_output(
+            new_token_ids,
+            pooling_output,
+            finish_reason,
+            stop_reason,
+            self._account.onto(kv_transfer_params),
+            *args,
+            **kwargs,
+        )
+        if self._delta and output is not None:
+            self._forget()
+        return output
+
+    def _unread(self) -> int:
+        """Tokens in outputs that have been made but not collected."""
+        waiting = self.queue.output if self.queue is not None else None
+        if not isinstance(waiting, RequestOutput):
+            return 0
+        return sum(len(completion.token_ids) for completion in waiting.outputs)
+
+    def _forget(self) -> None:
+        self._endless.forget()
+        processor = self.logprobs_processor
+        if processor is None or processor.logprobs is None:
+            return
+        if len(processor.logprobs) > _FORGET_LOGPROBS_AFTER:
+            processor.logprobs = processor.logprobs[-_KEEP_LOGPROBS:]
+
+
+class EndlessOutputProcessor(OutputProcessor):
+    """vLLM's output processor with ``EndlessRequestState`` for its requests."""
+
+    def begin(self) -> None:
+        self._stalled: list[str] = []
+        self._accounts: WeakKeyDictionary[ParentRequest, Account] = WeakKeyDictionary()
+
+    def add_request(
+        self,
+        request: EngineCoreRequest,
+        prompt: str | None,
+        parent_req: ParentRequest | None = None,
+        request_index: int = 0,
+        queue: RequestOutputCollector | None = None,
+    ) -> None:
+        super().add_request(request, prompt, parent_req, request_index, queue)
+        state = self.request_states[request.request_id]
+        if isinstance(state, EndlessRequestState):  # a session's next input
+            return
+        state.__class__ = EndlessRequestState
+        assert isinstance(state, EndlessRequestState)
+        state.begin(self._account_for(parent_req), self._stalled)
+
+    def _account_for(self, parent_req: ParentRequest | None) -> Account:
+        if parent_req is None:
+            return Account(single=True)
+        return self._accounts.setdefault(parent_req, Account(single=False))
+
+    def process_outputs(self, *args: Any, **kwargs: Any) -> OutputProcessorOutput:
+        processed = super().process_outputs(*args, **kwargs)
+        if self._stalled:
+            for request_id in self._stalled:
+                logger.warning(
+                    "The client of request %s has left more than %d tokens unread; the request "
+                    "is aborted.",
+                    request_id,
+                    STALLED_AFTER,
+                )
+            processed.reqs_to_abort += self.abort_requests(self._stalled, internal=True)
+            self._stalled.clear()
+        return processed
+
+
+def adopt(output_processor: Any) -> None:
+    """Make vLLM's output processor one for endless streams, before its first request.
+
+    Raises:
+        TypeError: it is not vLLM's own class.
+    """
+    if type(output_processor) is not OutputProcessor:
+        raise TypeError(
+            f"--kv-policy sink needs vLLM's own OutputProcessor, found "
+            f"{type(output_processor).__name__}; drop the plugin that replaces it."
+        )
+    output_processor.__class__ = EndlessOutputProcessor
+    assert isinstance(output_processor, EndlessOutputProcessor)
+    output_processor.begin()

@@ -1,0 +1,131 @@
+"""Streams of ``/v1/completions`` and ``/v1/chat/completions``: reports, and no copy of the text.
+
+vLLM's stream generators turn outputs of the engine into server-sent events. They do not pass
+``kv_transfer_params`` on, and the one for chat keeps the text of the whole response for the
+request log. Both are wrapped from outside: the outputs that go in are watched, the events that
+come out get the report.
+"""
+
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from sink_vllm.frontend.lengths import policy_of
+from sink_vllm.frontend.report import (
+    FIELD,
+    KEY,
+    Report,
+    account_of_batch,
+    onto_chunk,
+    report_of,
+)
+from sink_vllm.patching import Patch
+
+
+class Unkept(str):
+    """Text that is not kept by who collects it: ``collected + text`` is ``collected``."""
+
+    __slots__ = ()
+
+    def __radd__(self, collected: str) -> str:
+        return collected
+
+
+class _Watch:
+    """The outputs on their way into a stream generator."""
+
+    def __init__(self, outputs: AsyncIterator[Any], choices: int, keep_text: bool) -> None:
+        self.reports: dict[int, Report] = {}
+        """Of choices whose last output went in and whose last event has not come out."""
+        self._outputs = outputs
+        self._choices = choices
+        self._keep_text = keep_text
+
+    async def __call__(self) -> AsyncGenerator[Any, None]:
+        async for item in self._outputs:
+            # The merged outputs of several prompts come with the index of their prompt.
+            prompt_index, output = item if isinstance(item, tuple) else (0, item)
+            for completion in output.outputs:
+                if not self._keep_text:
+                    completion.text = Unkept(completion.text)
+                if completion.finish_reason is not None:
+                    report = report_of(output.kv_transfer_params, completion.index)
+                    if report is not None:
+                        index = prompt_index * self._choices + completion.index
+                        self.reports[index] = report
+            yield item
+
+
+def _wrap_stream(
+    keeps_text: Callable[[Any], bool],
+) -> Callable[[Callable[..., AsyncGenerator[str, None]]], Callable[..., Any]]:
+    def wrap(original: Callable[..., AsyncGenerator[str, None]]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        async def watched(call: inspect.BoundArguments) -> AsyncGenerator[str, None]:
+            arguments = call.arguments
+            watch = _Watch(
+                arguments["result_generator"],
+                choices=arguments["request"].n or 1,
+                keep_text=keeps_text(arguments["self"]),
+            )
+            async with aclosing(watch()) as outputs:
+                arguments["result_generator"] = outputs
+                async with aclosing(original(*call.args, **call.kwargs)) as chunks:
+                    async for chunk in chunks:
+                        yield onto_chunk(chunk, watch.reports) if watch.reports else chunk
+
+        def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
+            if policy_of(self.model_config) is None:
+                return original(self, *args, **kwargs)
+            return watched(signature.bind(self, *args, **kwargs))
+
+        return stream
+
+    return wrap
+
+
+def _chat_keeps_text(handler: Any) -> bool:
+    """Parsers of tool calls and reasoning read the text; so does the log, if it is switched on."""
+    return handler.parser_cls is not None or bool(
+        handler.enable_log_outputs and handler.request_logger
+    )
+
+
+def _wrap_full_completion(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Several prompts in one request: vLLM passes on the report about the first only."""
+
+    def request_output_to_completion_response(
+        self: Any, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        response = original(self, final_res_batch, request, *args, **kwargs)
+        if policy_of(self.model_config) is not None and len(final_res_batch) > 1:
+            account = account_of_batch(final_res_batch, request.n or 1)
+            if account is not None:
+                response.kv_transfer_params = {**(getattr(response, FIELD) or {}), KEY: account}
+        return response
+
+    return request_output_to_completion_response
+
+
+PATCHES = (
+    Patch(
+        target="vllm.entrypoints.openai.completion.serving:"
+        "OpenAIServingCompletion.completion_stream_generator",
+        wrapper=_wrap_stream(lambda _handler: True),
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.completion.serving:"
+        "OpenAIServingCompletion.request_output_to_completion_response",
+        wrapper=_wrap_full_completion,
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.chat_completion.serving:"
+        "OpenAIServingChat.chat_completion_stream_generator",
+        wrapper=_wrap_stream(_chat_keeps_text),
+        record="0007-response-streams",
+    ),
+)

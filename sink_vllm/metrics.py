@@ -1,0 +1,59 @@
+"""Prometheus counters of the policy, in the server's ``/metrics`` beside vLLM's own.
+
+An ordinary vLLM stat logger, handed to ``AsyncLLM`` and ``LLMEngine`` as a constructor argument
+when the policy is on (``sink_vllm.frontend.clients``). Not through the entry point
+``vllm.stat_logger_plugins``: its presence alone switches statistics on in every server of the
+installation, with ``--disable-log-stats`` too, and ``LLM`` does not load it.
+"""
+
+from prometheus_client import REGISTRY, Counter
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
+
+from sink_vllm.stats import StreamingLLMStats
+
+NAMESPACE = "sink_vllm:"
+COUNTERS = {  # field of StreamingLLMStats: (name without "_total", documentation)
+    "streams": ("streams_evicted", "Streams that have evicted at least once."),
+    "tokens": ("evicted_tokens", "Tokens evicted from the KV cache."),
+    "evictions": ("evictions", "Evictions of one stride."),
+    "reanchorings": ("reanchorings", "Windows whose keys were rotated back to offset 0."),
+}
+
+
+class StreamingLLMStatLogger(AggregateStatLoggerBase):
+    """Adds up what the schedulers of all engines report, labelled like vLLM's own metrics."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+        _unregister()
+        model_name = vllm_config.model_config.served_model_name
+        self._counters: dict[int, dict[str, Counter]] = {index: {} for index in engine_indexes}
+        for field, (name, documentation) in COUNTERS.items():
+            counter = Counter(NAMESPACE + name, documentation, labelnames=["model_name", "engine"])
+            for index, by_field in self._counters.items():
+                by_field[field] = counter.labels(model_name, str(index))
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: MultiModalCacheStats | None = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is None:
+            return
+        stats = StreamingLLMStats.take(scheduler_stats)
+        for field, counter in self._counters[engine_idx].items():
+            if value := getattr(stats, field):
+                counter.inc(value)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing: the scheduler logs the policy when it starts."""
+
+
+def _unregister() -> None:
+    """Forget the counters of an earlier engine of this process, as vLLM does with its own."""
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith(NAMESPACE):
+            REGISTRY.unregister(collector)

@@ -1,0 +1,51 @@
+"""What the scheduler counts, on its way to the front end's metrics.
+
+vLLM sends one ``SchedulerStats`` per step from the engine core to *one* of its API servers. It is
+encoded field by field as msgpack, so new attributes and fields of subclasses do not arrive. Its
+field ``num_kv_fetch_reqs_by_stage`` is a ``dict[str, int]`` that every reader looks up by vLLM's
+own stage names (all zero without a KV connector, which the policy refuses): ours travel there
+under names of our own, and :meth:`StreamingLLMStats.take` removes them again.
+
+Contract for the scheduler, in its ``make_stats``::
+
+    stats = super().make_stats(...)
+    if stats is not None:
+        self.step_stats.attach(stats)
+        self.step_stats = StreamingLLMStats()
+
+The numbers are increments since the last ``make_stats``, like vLLM's prefix cache statistics:
+with several API servers each of them sees some of the steps, and Prometheus adds them up.
+Imports neither torch nor vLLM.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_PREFIX = "streaming_llm."
+
+
+@dataclass(slots=True)
+class StreamingLLMStats:
+    """Increments since the last step that reported."""
+
+    streams: int = 0
+    """Streams that evicted for the first time."""
+    tokens: int = 0
+    """Tokens evicted, or never computed because of ``--sink-prompt truncate``."""
+    evictions: int = 0
+    """Evictions of one stride."""
+    reanchorings: int = 0
+    """Times the keys of a whole window were rotated back."""
+
+    def attach(self, scheduler_stats: Any) -> None:
+        """Put the numbers that are not zero into vLLM's ``SchedulerStats``."""
+        scheduler_stats.num_kv_fetch_reqs_by_stage.update(
+            {_PREFIX + name: value for name, value in asdict(self).items() if value}
+        )
+
+    @classmethod
+    def take(cls, scheduler_stats: Any) -> "StreamingLLMStats":
+        """The numbers in vLLM's ``SchedulerStats``, which is left as vLLM made it."""
+        carrier: dict[str, int] = scheduler_stats.num_kv_fetch_reqs_by_stage
+        names = [name for name in carrier if name.startswith(_PREFIX)]
+        return cls(**{name.removeprefix(_PREFIX): carrier.pop(name) for name in names})
