@@ -1,0 +1,37 @@
+"""Settings every test shares; they must be in the environment before torch and vLLM load."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Tiny models gain nothing from threads, and spinning ones starve their neighbours.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+from tests.tiny_models import TinyLlama, write_tiny_llama  # noqa: E402
+
+ModelFactory = Callable[[TinyLlama], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
+    """Folder of a tiny Llama checkpoint of the given shape, written once per session."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(shape: TinyLlama) -> Path:
+        key = repr(shape)
+        if key not in folders:
+            folders[key] = write_tiny_llama(tmp_path_factory.mktemp("tiny"), shape)
+        return folders[key]
+
+    return folder_of
