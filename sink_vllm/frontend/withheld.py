@@ -50,7 +50,9 @@ def release(
         if any(decode([token]) for token in set(held)):
             return None
         return Release("", 0)
-    for kept in range(_SHORTEST_TAIL, _LONGEST_TAIL + 1):
+    # Bytes may undo a character told already; vLLM's stream then starts anew, as it is.
+    tails = range(_SHORTEST_TAIL, _LONGEST_TAIL + 1) if whole.startswith(told) else ()
+    for kept in tails:
         head, tail = held[:-kept], held[-kept:]
         text = decode([*context, *head])
         if len(text) > len(told) and text + decode(tail) == whole and _stays_broken(decode, tail):
