@@ -234,19 +234,19 @@ REFUSALS: tuple[Refusal, ...] = (
         "draft tokens may have to be taken back after an eviction",
         "drop --speculative-config",
     ),
+    Refusal(  # before the next row: vLLM offloads through a connector
+        "KV offloading",
+        "KV cache offloading",
+        lambda f: _if(bool(f.kv_offloading_gib), f"{f.kv_offloading_gib} GiB"),
+        "pages that leave the engine would have to carry their rope offset",
+        "drop --kv-offloading-size",
+    ),
     Refusal(
         "KV connector",
         "KV connectors",
         lambda f: f.kv_connector,
         "pages that leave the engine would have to carry their rope offset",
         "drop --kv-transfer-config",
-    ),
-    Refusal(
-        "KV offloading",
-        "KV cache offloading",
-        lambda f: _if(bool(f.kv_offloading_gib), f"{f.kv_offloading_gib} GiB"),
-        "pages that leave the engine would have to carry their rope offset",
-        "drop --kv-offloading-size",
     ),
     Refusal(
         "prefill context parallelism",

@@ -57,8 +57,11 @@ CASES: dict[str, tuple[Facts, str]] = {
     "no chunked prefill": (Facts(chunked_prefill=False), "--no-enable-chunked-prefill"),
     "quantised KV cache": (Facts(kv_cache_dtype="fp8_e4m3"), "fp8_e4m3"),
     "speculative decoding": (Facts(speculative_method="ngram"), "ngram"),
+    "KV offloading": (
+        Facts(kv_offloading_gib=2.5, kv_connector="OffloadingConnector"),
+        "2.5 GiB",
+    ),
     "KV connector": (Facts(kv_connector="LMCacheConnectorV1"), "LMCacheConnectorV1"),
-    "KV offloading": (Facts(kv_offloading_gib=2.5), "2.5 GiB"),
     "prefill context parallelism": (Facts(prefill_context_parallel=2), "2"),
     "decode context parallelism": (Facts(decode_context_parallel=4), "4"),
     "pipeline parallelism": (Facts(pipeline_parallel=2), "2"),

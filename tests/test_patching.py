@@ -107,12 +107,11 @@ def test_patch_of_parent_and_patch_of_child_are_two_patches(target: Any) -> None
     """Looking the attribute up instead of in ``__dict__`` would find the parent's patch."""
     parent, child = patch("Parent.method", "0001-parent"), patch("Child.method", "0002-child")
     parent.apply()
-    assert not child.is_applied
+    assert [parent.is_applied, child.is_applied] == [True, False]
 
     child.apply()
 
-    assert parent.is_applied
-    assert child.is_applied
+    assert [parent.is_applied, child.is_applied] == [True, True]
     assert "method" in vars(target.Child)
 
 

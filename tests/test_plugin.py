@@ -1,0 +1,117 @@
+"""The entry point: found by vLLM, light to import, strict about versions, harmless twice."""
+
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from sink_vllm.patches_declared import declared_patches
+from sink_vllm.plugin import check_vllm_version, register, supported_versions
+
+ROOT = Path(__file__).parents[1]
+LIGHT_MODULES = (
+    "sink_vllm",
+    "sink_vllm.plugin",
+    "sink_vllm.config",
+    "sink_vllm.schedule",
+    "sink_vllm.plan",
+    "sink_vllm.patching",
+    "sink_vllm.gate",
+    "sink_vllm.frontend.shipping",
+)
+
+
+def _python(code: str) -> str:
+    """Standard output of ``code`` in a fresh interpreter; raises if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_import_is_light(module: str) -> None:
+    _python(
+        f"import sys, {module}; heavy = {{'torch', 'vllm', 'transformers'}} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+
+
+def test_patches_are_declared_without_importing_vllm() -> None:
+    """Targets are resolved when patches are applied; a declaration must not load the engine."""
+    _python(
+        "import sys; from sink_vllm.patches_declared import declared_patches; "
+        "assert declared_patches(); assert 'vllm' not in sys.modules"
+    )
+
+
+def test_entry_point_is_register() -> None:
+    (found,) = entry_points(group="vllm.general_plugins", name="sink_vllm")
+
+    assert found.load() is register
+
+
+def test_register_twice_changes_nothing_the_second_time() -> None:
+    register()
+    patches = declared_patches()
+    assert all(patch.is_applied for patch in patches)
+    before = [_resolve(patch.target) for patch in patches]
+
+    register()
+
+    assert [_resolve(patch.target) for patch in patches] == before
+
+
+def _resolve(target: str) -> object:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    module, _, path = target.partition(":")
+    owner, _, name = path.rpartition(".")
+    holder = resolve_obj_by_qualname(f"{module}.{owner}") if owner else sys.modules[module]
+    return vars(holder)[name]
+
+
+def test_vllm_loads_the_plugin_by_itself() -> None:
+    """What happens in every process of vLLM, with nothing imported by hand."""
+    _python(
+        "from vllm.plugins import load_general_plugins; load_general_plugins(); "
+        "from sink_vllm.patches_declared import declared_patches; "
+        "assert all(patch.is_applied for patch in declared_patches())"
+    )
+
+
+def test_supported_versions_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (requirement,) = project["optional-dependencies"]["gpu"]
+
+    assert set(supported_versions().split(",")) == set(requirement[len("vllm") :].split(","))
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.5", "0.32.0+cpu", "0.32.1rc1"])
+def test_supported_vllm_is_accepted(found: str) -> None:
+    check_vllm_version(found)
+
+
+@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0.0", "0.32.0rc1"])
+def test_other_vllm_is_refused_with_both_versions(found: str) -> None:
+    with pytest.raises(RuntimeError, match="sink_vllm supports vLLM") as error:
+        check_vllm_version(found)
+
+    assert f"found vLLM {found};" in str(error.value)
+    assert supported_versions() in str(error.value)
+    assert "VLLM_PLUGINS" in str(error.value)
+
+
+def test_register_checks_the_version_before_it_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.30.0")
+    monkeypatch.setattr(
+        "sink_vllm.patches_declared.declared_patches", lambda: pytest.fail("patched")
+    )
+
+    with pytest.raises(RuntimeError, match=r"found vLLM 0\.30\.0"):
+        register()
