@@ -1,0 +1,70 @@
+"""Where keys and values are inside a page, behind one interface.
+
+``KeyPages`` works on scratch pages of a ``PageStore``: dense copies, outside the KV cache. One
+implementation per family of layouts:
+
+- ``layout_cpu``: vLLM's CPU attention, which packs keys (and with AMX and BFMMLA values) as its
+  instruction set likes; the packing is learned from vLLM's own cache-write op;
+- ``layout_strided``: every GPU backend with plain keys and values, in any ``KVCacheLayout``.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.page_store import PageStore
+
+
+class KeyPages(ABC):
+    """Reads and writes slots ``[begin, end)`` of scratch pages.
+
+    Slots are tokens of a page. Pages are ``[n, layers, page_size]`` as ``PageStore.gather``
+    returns them. Slots outside the range are neither read nor changed.
+    """
+
+    @abstractmethod
+    def __init__(self, layer: AttentionLayer, store: PageStore) -> None:
+        """Learn the layout from ``layer``, which stands for all layers of ``store``.
+
+        Raises:
+            ValueError: a layout this class does not read; names the layer.
+        """
+
+    @abstractmethod
+    def read_keys(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Keys in float32: contiguous ``[n, layers, end - begin, heads, head_size]``."""
+
+    @abstractmethod
+    def read_values(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Values in the cache's dtype: ``[n, layers, end - begin, heads, head_size]``."""
+
+    @abstractmethod
+    def write(
+        self,
+        pages: torch.Tensor,
+        begin: int,
+        end: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Write keys (float32, rounded to nearest even) and values (copied), shaped as read."""
+
+
+def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
+    """The implementation for the backend of ``layer``.
+
+    Raises:
+        ValueError: no implementation reads this layout; names layer, backend and way out.
+    """
+    from sink_vllm.worker.layout_cpu import CPUKeyPages
+    from sink_vllm.worker.layout_strided import StridedKeyPages
+
+    if store.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{layer.name}: its KV cache of {str(store.dtype).removeprefix('torch.')} elements "
+            f"is not supported; use --kv-cache-dtype auto."
+        )
+    if layer.module.attn_backend.get_name() == "CPU_ATTN":
+        return CPUKeyPages(layer, store)
+    return StridedKeyPages(layer, store)

@@ -1,0 +1,100 @@
+"""The attention layers of a loaded model, each with its KV cache and the rotation of its keys.
+
+vLLM keeps both, but not together: the caches hang on the ``Attention`` objects of
+``compilation_config.static_forward_context``, the rotary modules somewhere above them in the
+module tree. Owning a rotary module is no proof that a layer applies it (Command R and EXAONE 4
+own one in layers without rotation): ``sink_vllm.worker.self_test`` finds out.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.rotary_embedding import (
+    DualChunkRotaryEmbedding,
+    Phi3LongRoPEScaledRotaryEmbedding,
+)
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+
+from sink_vllm.worker.rotation import Rotation
+
+# The last two are rotary modules of vLLM that do not derive from its base class.
+_ROTARY = (RotaryEmbeddingBase, DualChunkRotaryEmbedding, Phi3LongRoPEScaledRotaryEmbedding)
+
+
+@dataclass(slots=True)
+class AttentionLayer:
+    """One attention layer that has a KV cache of its own."""
+
+    name: str
+    """Name in ``static_forward_context``, such as ``model.layers.0.self_attn.attn``."""
+    module: Attention
+    rotation: Rotation | None
+    """Rotation of its keys; ``None`` if keys do not depend on the position (NoPE, ALiBi)."""
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """Its pages, logically ``[kernel blocks, heads, tokens, content]``; bound anew at times."""
+        return self.module.kv_cache
+
+
+def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[AttentionLayer]:
+    """All attention layers of this worker, in the order of the model.
+
+    Layers that share the cache of another layer (``kv_sharing_target_layer_name``) are left out,
+    their pages are moved with it. Callable as soon as the model is loaded.
+
+    Raises:
+        ValueError: a layer caches something else than keys and values, or its rotary module
+            cannot be used (see ``Rotation``); names the layer.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    rotations: dict[int, Rotation] = {}
+    layers = []
+    for name, module in _cached(vllm_config):
+        rotary = _rotary_above(model, paths.get(id(module), ""), name)
+        if rotary is not None and id(rotary) not in rotations:
+            rotations[id(rotary)] = Rotation(rotary, name)
+        rotation = None if rotary is None else rotations[id(rotary)]
+        layers.append(AttentionLayer(name, module, rotation))
+    return layers
+
+
+def rope_rows(layers: Iterable[AttentionLayer]) -> int | None:
+    """Rope positions every rotating layer has a table row for; ``None`` if no layer rotates."""
+    return min((one.rotation.table_rows for one in layers if one.rotation), default=None)
+
+
+def _cached(vllm_config: VllmConfig) -> Iterator[tuple[str, Attention]]:
+    for name, module in vllm_config.compilation_config.static_forward_context.items():
+        if not isinstance(module, AttentionLayerBase):
+            continue
+        if not isinstance(module, Attention):
+            raise ValueError(
+                f"{name}: {type(module).__name__} does not cache keys and values per head, and "
+                f"its pages cannot be moved; serve this model with --kv-policy full."
+            )
+        if module.kv_sharing_target_layer_name is None:
+            yield name, module
+
+
+def _rotary_above(model: nn.Module, path: str, name: str) -> nn.Module | None:
+    """The rotary module owned by the nearest ancestor of ``path`` that owns one."""
+    while path:
+        path = path.rpartition(".")[0]
+        owner = model.get_submodule(path)
+        owned = [child for child in owner.children() if isinstance(child, _ROTARY)]
+        if len(owned) > 1:
+            kinds = ", ".join(type(rotary).__name__ for rotary in owned)
+            raise ValueError(
+                f"{name}: {path or 'the model'} owns several rotary modules ({kinds}) and it "
+                f"does not show which of them rotates this layer; serve this model with "
+                f"--kv-policy full."
+            )
+        if owned:
+            return owned[0]
+    return None

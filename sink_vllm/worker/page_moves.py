@@ -1,0 +1,176 @@
+"""Execute the page moves of a step: one batch of pages at a time, all layers together.
+
+    layers = attention_layers(model, vllm_config)        once the model is loaded
+    mover = PageMover(layers, block_size)                any time; reads the caches lazily
+    mover.run(moves)                                     once per step, before anything writes KV
+    mover.read_slot(page, slot)                          keys and values of one token, per layer
+
+The number of tensor operations of a step depends neither on the number of streams nor on the
+number of layers, but on how much is moved: scratch memory is bounded, so large steps go in
+batches of layers (which never depend on each other) and, where no page is both read and
+written, of pages.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sink_vllm.plan import PageMove
+from sink_vllm.worker.key_pages import KeyPages, key_pages_for
+from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.move_plan import MovePlan, Overlay, independent_batches
+from sink_vllm.worker.page_store import PageStore
+from sink_vllm.worker.rotation import Rotation
+
+# Scratch pages of a batch, in bytes. On a CPU they should stay in the second-level cache between
+# reading and writing; on a GPU the batch should be large.
+_SCRATCH_BYTES = {"cpu": 3 << 20}
+_SCRATCH_BYTES_GPU = 64 << 20
+
+
+class PageMover:
+    """Moves slots between KV pages and rotates their keys; see ``PageMove`` for the contract."""
+
+    def __init__(self, layers: Sequence[AttentionLayer], block_size: int) -> None:
+        """
+        Args:
+            layers: all attention layers of this worker.
+            block_size: tokens per page of the scheduler, to which the moves refer. The backend's
+                own pages may be smaller.
+        """
+        self.layers = list(layers)
+        self.block_size = block_size
+        self._groups: list[_LayerGroup] = []
+
+    @classmethod
+    def for_runner(cls, runner: Any) -> "PageMover":
+        """The mover of a model runner whose KV cache has been initialised."""
+        return cls(runner.attention_layers, runner.cache_config.block_size)
+
+    def run(self, moves: Sequence[PageMove]) -> None:
+        """Execute moves: all of them read before any of them writes.
+
+        Raises:
+            ValueError: on the first call only, if the layout of the KV cache is not supported.
+        """
+        for group in self._bound_groups():
+            group.run(moves)
+
+    def read_slot(self, page: int, slot: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Key (float32) and value of one token: ``[heads, head_size]`` each, by layer name."""
+        return {
+            layer.name: (keys[i], values[i])
+            for group in self._bound_groups()
+            for keys, values in [group.read_slot(page, slot)]
+            for i, layer in enumerate(group.store.layers)
+        }
+
+    def rebind(self) -> None:
+        """Forget what was derived from layers: their rotation or caches have changed."""
+        self._groups = []
+
+    def _bound_groups(self) -> "list[_LayerGroup]":
+        if not self._groups or not all(group.store.is_bound() for group in self._groups):
+            by_kind: dict[object, list[AttentionLayer]] = {}
+            for layer in self.layers:
+                cache = layer.kv_cache
+                kind = (
+                    id(layer.rotation),
+                    cache.shape,
+                    cache.stride(),
+                    cache.dtype,
+                    cache.untyped_storage().data_ptr(),
+                )
+                by_kind.setdefault(kind, []).append(layer)
+            self._groups = [_LayerGroup(group, self.block_size) for group in by_kind.values()]
+        return self._groups
+
+
+class _LayerGroup:
+    """Layers whose pages are alike and rotate alike: they are moved by the same operations."""
+
+    def __init__(self, layers: Sequence[AttentionLayer], block_size: int) -> None:
+        self.store = PageStore(layers)
+        self.pages: KeyPages = key_pages_for(layers[0], self.store)
+        self.rotation: Rotation | None = layers[0].rotation
+        tokens = self.store.page_shape[1]
+        if block_size % tokens:
+            raise ValueError(
+                f"{layers[0].name}: its pages of {tokens} tokens do not divide blocks of "
+                f"{block_size}; set --block-size to a multiple of {tokens}."
+            )
+        self.tokens = tokens
+        self.split = block_size // tokens
+        budget = _SCRATCH_BYTES.get(self.store.device.type, _SCRATCH_BYTES_GPU)
+        self.budget = max(budget // (self.store.page_size * self.store.dtype.itemsize), 1)
+        """Scratch pages per batch, layers times pages."""
+
+    def run(self, moves: Sequence[PageMove]) -> None:
+        if self.split > 1:
+            moves = list(_in_kernel_pages(moves, self.tokens, self.split))
+        for batch in independent_batches(moves, self.budget):
+            plan = MovePlan.of(batch, self.tokens)
+            layers = len(self.store.layers)
+            step = max(min(layers, self.budget // len(plan.pages)), 1)
+            prepared = _Prepared(plan, self.store.device, self.rotation)
+            for first in range(0, layers, step):
+                self._compose(prepared, first, min(first + step, layers))
+
+    def _compose(self, prepared: "_Prepared", first: int, last: int) -> None:
+        """Compose and write all pages of the plan, in layers ``[first, last)``."""
+        scratch = self.store.gather(prepared.bases, first, last, 0)
+        for overlay, sources, rows in prepared.overlays:
+            if rows is None and sources is None:
+                continue  # rotation in place, of keys that do not rotate
+            target = overlay.contiguous
+            laid = scratch[overlay.at] if target is None else scratch[target]
+            given = laid if sources is None else self.store.gather(sources, first, last, 1)
+            keys = self.pages.read_keys(given, overlay.begin, overlay.end)
+            values = self.pages.read_values(given, overlay.begin, overlay.end)
+            if rows is not None:
+                assert self.rotation is not None
+                self.rotation.rotate(keys, rows)
+            self.pages.write(laid, overlay.begin, overlay.end, keys, values)
+            if target is None:
+                scratch[overlay.at] = laid
+        self.store.scatter(prepared.pages, first, last, scratch)
+
+    def read_slot(self, page: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[layers, heads, head_size]`` of one token."""
+        kernel_page, kernel_slot = divmod(page * self.split * self.tokens + slot, self.tokens)
+        index = torch.tensor([kernel_page], device=self.store.device)
+        scratch = self.store.gather(index, 0, len(self.store.layers), 0)
+        keys = self.pages.read_keys(scratch, kernel_slot, kernel_slot + 1)
+        values = self.pages.read_values(scratch, kernel_slot, kernel_slot + 1)
+        return keys[0, :, 0].clone(), values[0, :, 0].clone()
+
+
+class _Prepared:
+    """The index tensors of a plan, on the device; they are the same for all layers."""
+
+    def __init__(self, plan: MovePlan, device: torch.device, rotation: Rotation | None) -> None:
+        self.bases = torch.tensor(plan.bases, device=device)
+        self.pages = torch.tensor(plan.pages, device=device)
+        deltas = [delta for one in plan.overlays for delta in one.deltas or ()]
+        rows = rotation.rows_of(deltas, device) if rotation is not None and deltas else None
+        self.overlays: list[tuple[Overlay, torch.Tensor | None, torch.Tensor | None]] = []
+        for one in plan.overlays:
+            sources = None if one.sources is None else torch.tensor(one.sources, device=device)
+            mine = None
+            if rows is not None and one.deltas is not None:
+                mine, rows = rows[: len(one.deltas)], rows[len(one.deltas) :]
+            self.overlays.append((one, sources, mine))
+
+
+def _in_kernel_pages(moves: Sequence[PageMove], tokens: int, split: int) -> "list[PageMove]":
+    """The same moves in the backend's pages, ``split`` of which make a block."""
+    parts = []
+    for move in moves:
+        for i in range(move.begin // tokens, -(-move.end // tokens)):
+            begin = max(move.begin - i * tokens, 0)
+            end = min(move.end - i * tokens, tokens)
+            parts.append(
+                PageMove(move.src * split + i, move.dst * split + i, begin, end, move.delta)
+            )
+    return parts
