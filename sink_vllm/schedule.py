@@ -49,6 +49,10 @@ class Schedule:
         """Tokens in the cache when ``computed`` tokens of the stream have been computed."""
         return computed - self.evicted(computed)
 
+    def window_start(self, computed: int) -> int:
+        """Stream position of the first cached token after the sinks."""
+        return self.sink_tokens + self.evicted(computed)
+
     def cached_positions(self, computed: int) -> list[int]:
         """Stream positions of the cached tokens, in cache order."""
         sinks = range(min(self.sink_tokens, computed))
@@ -86,6 +90,41 @@ class EvictionPages:
             border=sink_full + dropped if border_sinks else None,
             border_sinks=border_sinks,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RopeAnchors:
+    """Where the rope positions of a stream start, as a function of its evictions.
+
+    The offset between rope positions and cache positions grows by the stride with every eviction,
+    so that the window's keys can stay as they are. Before positions would leave the RoPE table it
+    returns to 0 (re-anchoring), which takes one rotation of the window by ``-span``.
+    """
+
+    stride: int
+    period: int
+    """Evictions from one re-anchoring to the next; 0 when the model does not rotate keys."""
+
+    @classmethod
+    def of(cls, schedule: Schedule, rope_rows: int | None) -> "RopeAnchors":
+        """Anchors for tables of ``rope_rows`` positions (at least the capacity), or for none."""
+        period = 0
+        if rope_rows is not None:
+            period = (rope_rows - schedule.capacity) // schedule.stride + 1
+        return cls(stride=schedule.stride, period=period)
+
+    @property
+    def span(self) -> int:
+        """Rope positions between two anchors."""
+        return self.period * self.stride
+
+    def offset(self, evictions: int) -> int:
+        """Rope position minus cache position after ``evictions``."""
+        return evictions % self.period * self.stride if self.period else 0
+
+    def reanchorings(self, evictions: int) -> int:
+        """Re-anchorings that the first ``evictions`` evictions brought along."""
+        return evictions // self.period if self.period else 0
 
 
 def pages_per_stream(schedule: Schedule, block_size: int) -> int:

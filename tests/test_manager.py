@@ -14,14 +14,15 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.request import Request
 
+from sink_vllm.config import SinkConfig
 from sink_vllm.plan import PageMove
-from sink_vllm.schedule import Schedule, pages_per_stream
+from sink_vllm.schedule import Schedule, cdiv, pages_per_stream
 from sink_vllm.scheduler.manager import StreamingLLMManager
+from sink_vllm.scheduler.recycler import Recycler
 from sink_vllm.scheduler.spec import StreamingLLMSpec
-from sink_vllm.scheduler.stream import Stream, compact, rehash
 
 BLOCK = 4
 Slot = tuple[int, int]
@@ -42,8 +43,8 @@ class Pool:
     caching: bool = True
     rows: int = 10_000
     content: dict[int, list[Slot | None]] = field(default_factory=dict)
-    reanchorings: int = 0
     evictions: int = 0
+    reanchorings: int = 0
 
     def __post_init__(self) -> None:
         self.blocks = BlockPool(self.num_blocks, self.caching, BLOCK)
@@ -65,6 +66,11 @@ class Pool:
             kv_cache_group_id=0,
             scheduler_block_size=BLOCK,
         )
+        self.recycler = Recycler(
+            SinkConfig(schedule=s, block_size=BLOCK),
+            self.manager,
+            sha256 if self.caching else None,
+        )
 
     def table(self, rid: str) -> list[int]:
         return [block.block_id for block in self.manager.req_to_blocks[rid]]
@@ -81,14 +87,18 @@ class Pool:
                 page[slot] = None if value is None else (value[0], value[1] + move.delta)
 
     def check_hashed_pages(self) -> None:
-        """A page that can be found by hash holds what was computed for that hash."""
+        """A page that can be found by hash is a whole page of a stream, rotated as one piece, and
+        before the capacity an ordinary page of an ordinary prompt."""
+        span = self.recycler.anchors.span
         for block in self.blocks.blocks:
             if block.block_hash is not None:
-                page = self.content[block.block_id]
-                first = page[0]
-                assert first is not None
-                assert first[0] % BLOCK == 0
-                assert page == [(first[0] + i, first[0] + i) for i in range(BLOCK)]
+                slots = self.content[block.block_id]
+                assert slots[0] is not None
+                first, rope = slots[0]
+                assert first % BLOCK == 0
+                assert slots == [(first + i, rope + i) for i in range(BLOCK)]
+                cycle = self.recycler.anchors.reanchorings(self.schedule.evictions(first + BLOCK))
+                assert rope == first - cycle * span
 
     @property
     def num_free(self) -> int:
@@ -101,13 +111,18 @@ class Run:
     def __init__(self, pool: Pool, rid: str, tokens: list[int], hits: bool = False) -> None:
         self.pool = pool
         self.rid = rid
-        hasher = get_request_block_hasher(BLOCK, sha256) if pool.caching else None
-        self.request = Request(rid, list(tokens), SamplingParams(max_tokens=10**9), None,
-                               block_hasher=hasher)  # fmt: skip
-        self.stream = Stream()
+        # A prompt short enough to be seen at once; what follows comes in as outputs.
+        self.tokens = tokens
+        self.request = Request(rid, list(tokens), SamplingParams(max_tokens=10**9), None)
+        pool.recycler.open(self.request)
+        self.stream = pool.recycler.streams[rid]
         self.computed = 0
-        self.offset = 0
-        if hits:
+        if hits and pool.recycler.unresolved:
+            self.resumed = pool.recycler.resume(self.request, 0)
+            if self.resumed:
+                self.computed = self.request.num_computed_tokens + self.stream.evicted
+                self.settle()
+        elif hits:
             (found,), length = pool.manager.find_longest_cache_hit(
                 self.request.block_hashes, len(tokens) - 1, [0], pool.blocks,
                 pool.manager.spec, False, BLOCK,
@@ -116,32 +131,35 @@ class Run:
             pool.manager.add_local_computed_blocks(rid, found[: length // BLOCK], length, 0)
             self.request.num_computed_tokens = self.computed = length
 
-    def evict(self) -> list[PageMove] | None:
-        pool, schedule = self.pool, self.pool.schedule
-        grown = self.offset + schedule.stride
-        delta = 0 if grown + schedule.capacity <= pool.rows else -grown
-        after = grown + delta
-        eviction = pool.manager.evict(self.rid, delta, after)
-        if eviction is None:
-            return None
-        self.offset = after
-        pool.evictions += 1
-        pool.reanchorings += bool(delta)
-        self.request._block_hasher = None
-        compact(self.request, self.stream, schedule)
-        before = pool.num_free
-        pool.apply(eviction.moves)
-        pool.blocks.free_blocks(eviction.retained)
-        assert pool.num_free >= before
-        return eviction.moves
+    @property
+    def offset(self) -> int:
+        return self.pool.recycler.anchors.offset(self.stream.chain_evictions)
+
+    def settle(self) -> None:
+        """Run the page moves of the step; the pages they read from stay pinned until then."""
+        before = self.pool.num_free
+        self.pool.apply(self.pool.recycler.take_moves())
+        self.pool.recycler.release()
+        assert self.pool.num_free >= before
+
+    def evict(self) -> bool:
+        pool = self.pool
+        if not pool.recycler.evict(self.request):
+            return False
+        pool.evictions, pool.reanchorings = (
+            pool.evictions + 1,
+            pool.reanchorings + bool(self.stream.chain_evictions and not self.offset),
+        )
+        self.settle()
+        return True
 
     def step(self) -> bool:
         """Compute one token, evicting first if the cache is full; False without pages."""
         pool, request = self.pool, self.request
-        if request.num_computed_tokens == pool.schedule.capacity and self.evict() is None:
+        if pool.recycler.is_full(request) and not self.evict():
             return False
         position = request.num_computed_tokens
-        need = -(-(position + 1) // BLOCK) - len(pool.manager.req_to_blocks[self.rid])
+        need = cdiv(position + 1, BLOCK) - len(pool.manager.req_to_blocks[self.rid])
         if need > pool.num_free:
             return False
         for block in pool.manager.allocate_new_blocks(self.rid, position + 1, position + 1):
@@ -150,7 +168,7 @@ class Run:
         page[position % BLOCK] = (self.computed, position + self.offset)
         request.num_computed_tokens += 1
         self.computed += 1
-        if request.num_tokens == request.num_computed_tokens:
+        if request.num_tokens == request.num_computed_tokens and not self.stream.pending:
             request.append_output_token_ids(self.computed)
         if pool.caching:
             pool.manager.cache_blocks(request, request.num_computed_tokens, replay_boundaries=())
@@ -240,7 +258,7 @@ def test_shared_pages_without_room_to_copy_refuse_the_eviction() -> None:
         assert second.step()
     taken = pool.blocks.get_new_blocks(pool.num_free)
     before = pool.table("a")
-    assert first.evict() is None
+    assert not first.evict()
     assert pool.table("a") == before
     assert pool.num_free == 0
     assert "a" not in pool.manager.sink_pages
@@ -250,30 +268,78 @@ def test_shared_pages_without_room_to_copy_refuse_the_eviction() -> None:
     assert pool.evictions == pool.reanchorings == 1
 
 
-def test_evicted_streams_are_not_hashed_until_they_are_recomputed() -> None:
-    """After an eviction no further page enters the prefix cache."""
-    schedule = Schedule(sink_tokens=4, window=8, stride=4)
+@pytest.mark.parametrize(("sinks", "window", "stride"), GRID)
+@pytest.mark.parametrize("prompt_len", [37, 64, 90])
+def test_resume_is_what_streaming_leaves_behind(
+    sinks: int, window: int, stride: int, prompt_len: int
+) -> None:
+    """A prompt that was streamed before starts at a boundary near its end, from cached pages, with
+    the very cache content that streaming it again would give, and goes on like it."""
+    schedule = Schedule(sink_tokens=sinks, window=window, stride=stride)
+    pool = Pool(schedule, 120, rows=3 * schedule.capacity)
+    tokens = list(range(prompt_len))
+    first = Run(pool, "a", tokens)
+    while first.computed < prompt_len + 5:
+        assert first.step()
+    first.end()
+    second = Run(pool, "b", tokens, hits=True)
+    hasher = pool.recycler.hasher
+    assert hasher is not None
+    if prompt_len <= schedule.capacity + stride + BLOCK:
+        return  # nothing past the capacity to resume from, or an ordinary hit
+    assert second.resumed == hasher.chain_survives_eviction
+    if second.resumed:
+        assert prompt_len - second.computed <= 2 * stride + BLOCK
+    while second.computed < prompt_len + 3 * stride:
+        assert second.step()
+        second.check()
+        pool.check_hashed_pages()
+    assert [
+        second.tokens[p] for p in schedule.cached_positions(second.computed) if p < prompt_len
+    ] == (second.request.prompt_token_ids)
+    second.end()
+    assert pool.num_free == 119
+
+
+def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
+    """Pages up to the first other token are found, and none with another salt or policy."""
+    schedule = Schedule(sink_tokens=5, window=11, stride=8)
+    pool = Pool(schedule, 120)
+    tokens = list(range(80))
+    first = Run(pool, "a", tokens)
+    while first.computed < 80:
+        assert first.step()
+    first.end()
+    hasher = pool.recycler.hasher
+    assert hasher is not None
+
+    def boundary(schedule: Schedule, tokens: list[int], salt: str | None) -> int | None:
+        request = Request("x", tokens, SamplingParams(max_tokens=1), None, cache_salt=salt)
+        other = Recycler(SinkConfig(schedule=schedule, block_size=BLOCK), pool.manager, sha256)
+        assert other.hasher is not None
+        return pool.manager.find_resume(
+            other.hasher.hashes(request, tokens, 0, None), (len(tokens) - 1) // BLOCK
+        )
+
+    assert boundary(schedule, tokens, None) == 19
+    assert boundary(schedule, [*tokens[:40], 999, *tokens[41:]], None) == 10
+    assert boundary(schedule, [999, *tokens[1:]], None) is None
+    assert boundary(schedule, tokens, "salt") is None
+    assert boundary(Schedule(sink_tokens=5, window=7, stride=12), tokens, None) is None
+
+
+def test_a_resumed_stream_leaves_the_pool_alone_when_pages_are_short() -> None:
+    """No room for head pages and the next stride: no hit, and every reference given back."""
+    schedule = Schedule(sink_tokens=8, window=8, stride=8)
     pool = Pool(schedule, 40)
-    run = Run(pool, "a", list(range(20)))
-    for _ in range(schedule.capacity):
-        run.step()
-    hashed = {b.block_id for b in pool.blocks.blocks if b.block_hash is not None}
-    for _ in range(30):
-        run.step()
-    assert pool.evictions >= 7
-    assert {b.block_id for b in pool.blocks.blocks if b.block_hash is not None} <= hashed
-
-
-def test_rehash_follows_the_compacted_tokens() -> None:
-    """The hashes of a recomputed stream are those of its survivors as an ordinary prompt."""
-    schedule = Schedule(sink_tokens=4, window=8, stride=4)
-    hasher = get_request_block_hasher(BLOCK, sha256)
-    request = Request("a", list(range(17)), SamplingParams(max_tokens=9), None,
-                      block_hasher=hasher)  # fmt: skip
-    request.num_computed_tokens = 16
-    compact(request, Stream(), schedule)
-    rehash(request)
-    survivors = [0, 1, 2, 3, *range(8, 17)]
-    assert list(request.all_token_ids) == survivors
-    plain = Request("b", survivors, SamplingParams(max_tokens=9), None, block_hasher=hasher)
-    assert request.block_hashes == plain.block_hashes
+    first = Run(pool, "a", list(range(60)))
+    while first.computed < 60:
+        assert first.step()
+    taken = pool.blocks.get_new_blocks(3)
+    # Leave only cached pages free: touching them for the hit uses them up.
+    rest = pool.num_free
+    second = Run(pool, "b", list(range(60)))
+    assert not pool.recycler.resume(second.request, rest)
+    assert pool.num_free == rest
+    assert "b" not in pool.manager.req_to_blocks
+    pool.blocks.free_blocks(taken)

@@ -7,7 +7,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from sink_vllm.schedule import Schedule
-from sink_vllm.scheduler.stream import compact, open_stream
+from sink_vllm.scheduler.stream import Stream, compact, show
 
 GRID = [
     (sinks, window, stride, prompt)
@@ -16,6 +16,21 @@ GRID = [
     for stride in (2, 6)
     for prompt in (1, 3, 8, 11, 12, 13, 14, 40)
 ]
+
+
+def open_stream(request: Request, schedule: Schedule, mode: str) -> Stream:
+    """What the recycler does with a prompt longer than the capacity."""
+    stream, limit = Stream(), schedule.capacity + 1
+    tokens = request.prompt_token_ids or []
+    if len(tokens) > schedule.capacity and mode == "stream":
+        show(request, stream, (), tokens, limit)
+    elif len(tokens) > schedule.capacity:
+        stream.evicted = schedule.evicted(len(tokens))
+        stream.evictions = schedule.evictions(len(tokens))
+        show(
+            request, stream, [tokens[p] for p in schedule.cached_positions(len(tokens))], (), limit
+        )
+    return stream
 
 
 @pytest.mark.parametrize("mode", ["stream", "truncate"])
@@ -31,7 +46,7 @@ def test_token_lists_are_the_cached_tokens(
     max_tokens = 1000
     params = SamplingParams(max_tokens=max_tokens, min_tokens=max_tokens)
     request = Request("r", tokens[:prompt_len], params, None)
-    stream = open_stream(request, schedule, mode)  # type: ignore[arg-type]
+    stream = open_stream(request, schedule, mode)
     aliased = request.prompt_token_ids
     snapshot = list(aliased or ())
     computed = stream.evicted if mode == "truncate" else 0

@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from sink_vllm.plan import PageMove
-from sink_vllm.schedule import EvictionPages, cdiv
+from sink_vllm.schedule import EvictionPages, RopeAnchors, cdiv
 from sink_vllm.scheduler.spec import StreamingLLMSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Eviction:
-    """What one eviction asks of the workers, and what must outlive the step."""
+class PageChange:
+    """What a change of a block table asks of the workers, and what must outlive the step."""
 
     moves: list[PageMove]
     retained: list[KVCacheBlock]
@@ -35,14 +35,16 @@ class StreamingLLMManager(FullAttentionManager):
     """``FullAttentionManager`` whose requests may drop ``g`` tokens after their sinks.
 
     Before its first eviction a request is an ordinary one. Afterwards its block table starts with
-    private head pages, its original sink pages stay pinned (and findable by other requests), and
-    nothing of it is hashed any more: later pages depend on more than the tokens before them.
+    private head pages, which are never hashed, and its original sink pages stay pinned, findable
+    by other requests. Behind the head pages, entry ``i`` of the table is page ``i + e * g / block``
+    of the stream.
     """
 
     def __init__(self, kv_cache_spec: StreamingLLMSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.spec = kv_cache_spec
         self.pages = EvictionPages.of(kv_cache_spec.schedule, self.block_size)
+        self.anchors = RopeAnchors.of(kv_cache_spec.schedule, kv_cache_spec.rope_rows)
         self.num_sink_pages = cdiv(kv_cache_spec.sink_tokens, self.block_size)
         # Admission must see the cost of a whole stream, sink pages included.
         self.max_admission_blocks_per_request = kv_cache_spec.pages_per_stream
@@ -51,7 +53,7 @@ class StreamingLLMManager(FullAttentionManager):
 
     # -- eviction ---------------------------------------------------------------------------
 
-    def evict(self, request_id: str, window_delta: int, sink_delta: int) -> Eviction | None:
+    def evict(self, request_id: str, window_delta: int, sink_delta: int) -> PageChange | None:
         """Drop the ``g`` tokens after the sinks of a request whose cache is full.
 
         Args:
@@ -107,8 +109,12 @@ class StreamingLLMManager(FullAttentionManager):
                     PageMove(block.block_id, target.block_id, begin, self.block_size, window_delta)
                 )
         table[:] = [*heads, *kept]
+        if request_id in self.num_cached_block:
+            # Head pages count as hashed, so that they never are.
+            cached = self.num_cached_block[request_id] - pages.dropped
+            self.num_cached_block[request_id] = max(cached, self.num_sink_pages)
         moves += self._sink_moves(sources, table, sink_delta)
-        return Eviction(moves, retained)
+        return PageChange(moves, retained)
 
     def _sink_moves(
         self, sources: Sequence[KVCacheBlock], table: Sequence[KVCacheBlock], delta: int
@@ -129,12 +135,124 @@ class StreamingLLMManager(FullAttentionManager):
         """Pages the pool gains when a request gives up ``blocks``."""
         return sum(block.ref_cnt == 1 for block in blocks)
 
+    # -- resuming from the prefix cache -----------------------------------------------------
+
+    def find_resume(self, hashes: Sequence[BlockHash], num_pages: int) -> int | None:
+        """The longest boundary a stream with these page hashes can be resumed at.
+
+        Args:
+            hashes: of the full pages of the stream, from its start.
+            num_pages: consider boundaries of at most that many pages.
+
+        Returns:
+            Pages before the boundary, all of them past the capacity; ``None`` if the sink pages,
+            or every window, have gaps in the cache.
+        """
+        if any(self._cached(block_hash) is None for block_hash in hashes[: self.num_sink_pages]):
+            return None
+        end = low = num_pages  # pages [low, end) are cached
+        while end * self.block_size > self.spec.schedule.capacity:
+            if not self._is_resumable(end):
+                end -= 1
+                low = min(low, end)
+                continue
+            first = self._first_window_page(end)
+            while low > first and self._cached(hashes[low - 1]) is not None:
+                low -= 1
+            if low <= first:
+                return end
+            end = low = low - 1
+        return None
+
+    def resume(
+        self, request_id: str, hashes: Sequence[BlockHash], end: int, reserved: int = 0
+    ) -> PageChange | None:
+        """Build the block table a stream has after ``end`` pages, from cached pages.
+
+        The result is what streaming up to there leaves behind: pages written before the last
+        re-anchoring are copied and rotated now, as they were then.
+
+        Args:
+            request_id: a request without pages.
+            hashes: of the full pages of its stream, from the start.
+            end: a boundary ``find_resume`` returned for them.
+            reserved: free pages that must be left for others.
+
+        Returns:
+            The page moves, or ``None`` when the pool has too few free pages (nothing changed).
+        """
+        pages = self.pages
+        evictions = self.evictions_at(end)
+        first = self._first_window_page(end)
+        sources = [self._cached(h) for h in hashes[: self.num_sink_pages]]
+        window = [self._cached(h) for h in hashes[first:end]]
+        held = [block for block in (*sources, *window) if block is not None]
+        assert len(held) == len(sources) + len(window)
+        sources, window = held[: len(sources)], held[len(sources) :]
+        self.block_pool.touch(held)
+        deltas = [self._age(page, evictions) * -self.anchors.span for page in range(first, end)]
+        copied = [
+            bool(delta) or (index == 0 and pages.border is not None)
+            for index, delta in enumerate(deltas)
+        ]
+        # Besides the pages needed now, one stride must fit: the next chunk.
+        needed = pages.sink_full + sum(copied) + pages.dropped
+        if self.block_pool.get_num_free_blocks() < needed + reserved:
+            self.block_pool.free_blocks(reversed(held))
+            return None
+        new = iter(self.block_pool.get_new_blocks(pages.sink_full + sum(copied)))
+        table = [next(new) for _ in range(pages.sink_full)]
+        moves: list[PageMove] = []
+        retained: list[KVCacheBlock] = []
+        for index, block in enumerate(window):
+            target = block
+            if copied[index]:
+                target = next(new)
+                retained.append(block)
+                begin = pages.border_sinks if index == 0 else 0
+                moves.append(
+                    PageMove(block.block_id, target.block_id, begin, self.block_size, deltas[index])
+                )
+            table.append(target)
+        self.req_to_blocks[request_id] = table
+        self.num_cached_block[request_id] = len(table)
+        self.sink_pages[request_id] = sources
+        moves += self._sink_moves(sources, table, self.anchors.offset(evictions))
+        return PageChange(moves, retained)
+
+    def _cached(self, block_hash: BlockHash) -> KVCacheBlock | None:
+        found = self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id])
+        return found[0] if found else None
+
+    def _first_window_page(self, end: int) -> int:
+        """First page of the stream with a window token when it goes on after ``end`` pages."""
+        return self.spec.schedule.window_start(end * self.block_size + 1) // self.block_size
+
+    def evictions_at(self, end: int) -> int:
+        """Evictions of a stream that is about to compute the token after ``end`` pages.
+
+        One more than after those pages if that token finds the cache full.
+        """
+        return self.spec.schedule.evictions(end * self.block_size + 1)
+
+    def _is_resumable(self, end: int) -> bool:
+        """Whether no key of the window has been rotated back more than once after ``end`` pages.
+
+        Rotating it by the sum at once would be the same rotation, but not the same rounding.
+        """
+        return self._age(self._first_window_page(end), self.evictions_at(end)) <= 1
+
+    def _age(self, page: int, evictions: int) -> int:
+        """Re-anchorings between the completion of a page of the stream and ``evictions``."""
+        written = self.spec.schedule.evictions((page + 1) * self.block_size)
+        return self.anchors.reanchorings(evictions) - self.anchors.reanchorings(written)
+
     # -- what vLLM calls --------------------------------------------------------------------
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Hash full pages, as long as their content is a function of the tokens before them."""
-        if request.request_id not in self.sink_pages:
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        """Hash full pages, as long as the request knows hashes for them."""
+        known = len(request.block_hashes) * self.block_size
+        super().cache_blocks(request, min(num_tokens, known), *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The pages of a request that ends or is preempted: sink pages first, then the table."""

@@ -7,14 +7,15 @@ loop. Its compacted state reaches the workers the way vLLM's streaming input ses
 ``NewRequestData`` for a request id they already have.
 """
 
+import itertools
 import time
 from copy import copy
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -23,18 +24,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.config import SinkConfig
-from sink_vllm.plan import PageMove, Resent, StepPlan
+from sink_vllm.plan import REPORT_KEY, Resent, StepPlan
 from sink_vllm.scheduler.manager import StreamingLLMManager
-from sink_vllm.scheduler.stream import Stream, compact, open_stream, rehash
-from sink_vllm.stats import StreamingLLMStats
+from sink_vllm.scheduler.recycler import Recycler
 
 logger = init_logger(__name__)
-
-REPORT_KEY = "streaming_llm"
-"""Key of the per-response account inside ``kv_transfer_params``."""
 
 _NO_LENGTH_LIMIT = 2**31 - 1
 """Stands in for ``max_model_len`` where vLLM would end a request that reached it."""
@@ -47,192 +44,148 @@ class StreamingLLMMixin(Scheduler):
         super().__init__(*args, **kwargs)
         config = SinkConfig.of(self.vllm_config)
         assert config is not None, "the scheduler of the policy needs the policy"
-        self.policy_config = config
-        self.schedule_of_stream = config.schedule
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, StreamingLLMManager)
+        cache_config = self.vllm_config.cache_config
         self.capacity = config.capacity
+        self.recycler = Recycler(
+            config,
+            manager,
+            get_hash_fn_by_name(cache_config.prefix_caching_hash_algo)
+            if cache_config.enable_prefix_caching
+            else None,
+        )
         # The block manager keeps C + 1; what must not see that limit is the stop check. Chunks
         # are capped by `_reserve_prefill_lookahead` below.
         self.max_model_len = _NO_LENGTH_LIMIT
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, StreamingLLMManager)
-        self.manager = manager
-        self.streams: dict[str, Stream] = {}
-        self._moves: dict[str, list[PageMove]] = {}
-        self._retained: list[KVCacheBlock] = []
         self._resent: list[NewRequestData] = []
-        self._report_due: set[str] = set()
-        self._step_stats = StreamingLLMStats()
-        self._log_start()
+        self._log_start(config)
 
-    def _log_start(self) -> None:
-        spec = self.manager.spec
-        num_blocks = self.kv_cache_config.num_blocks
+    def _log_start(self, config: SinkConfig) -> None:
+        spec = self.recycler.manager.spec
         per_stream = spec.pages_per_stream
-        group = self.kv_cache_config.kv_cache_groups[0]
-        kv_bytes = per_stream * spec.page_size_bytes * len(group.layer_names)
+        layers = len(self.kv_cache_config.kv_cache_groups[0].layer_names)
         logger.info(
             "StreamingLLM: sink tokens S=%d, window W=%d, stride g=%d, capacity C=%d tokens; "
             "KV cache per stream: %.2f MiB in %d pages of %d tokens; %d streams fit.",
             spec.sink_tokens,
             spec.window,
             spec.stride,
-            self.capacity,
-            kv_bytes / 2**20,
+            config.capacity,
+            per_stream * spec.page_size_bytes * layers / 2**20,
             per_stream,
-            self.manager.block_size,
+            spec.block_size,
             # One page of the pool is vLLM's null block.
-            (num_blocks - 1) // per_stream,
+            (self.kv_cache_config.num_blocks - 1) // per_stream,
         )
 
     # -- requests come and go ---------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
-            stream = open_stream(request, self.schedule_of_stream, self.policy_config.sink_prompt)
-            self.streams[request.request_id] = stream
-            if stream.evicted:
-                self._count(stream, stream.evicted)
-                self._report_due.add(request.request_id)
+            self.recycler.open(request)
         super().add_request(request)
 
-    def _count(self, stream: Stream, tokens: int) -> None:
-        """Account for ``tokens`` just evicted from ``stream``, or never computed."""
-        strides = tokens // self.schedule_of_stream.stride
-        self._step_stats.streams += stream.evictions == strides
-        self._step_stats.tokens += tokens
-        self._step_stats.evictions += strides
-
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Forget the pages of a request; it is recomputed from its compacted tokens."""
-        self._moves.pop(request.request_id, None)
         super()._preempt_request(request, *args, **kwargs)
-        stream = self.streams[request.request_id]
-        stream.rope_offset = 0
-        if stream.evictions:
-            # The survivors become an ordinary prompt with page hashes of their own, and the
-            # workers must hear of it even if they never heard of the last eviction.
-            stream.dirty = True
-            if stream.block_hasher is not None:
-                request._block_hasher = stream.block_hasher
-                stream.block_hasher = None
-                rehash(request)
+        self.recycler.preempted(request)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """End a request; the account of what was evicted leaves with its last output."""
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
-        stream = self.streams.pop(request.request_id)
-        self._report_due.discard(request.request_id)
-        if stream.evictions:
-            kv_params = {**(kv_params or {}), REPORT_KEY: stream.report(request)}
+        report = self.recycler.close(request)
+        if report is not None:
+            kv_params = {**(kv_params or {}), REPORT_KEY: report}
         return kv_params, ec_params
 
     # -- one step ---------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._pause_state != PauseState.PAUSED_ALL:
-            for request in self._full_streams():
+            for request in [r for r in self.running if self.recycler.is_full(r)]:
                 self._evict(request)
+        if self.recycler.unresolved and self._pause_state == PauseState.UNPAUSED:
+            self._resume_waiting()
         output = super().schedule(throttle_prefills)
-        self._count_pending_prompts(output)
-        if self._resent:
-            output.scheduled_new_reqs.extend(self._resent)
+        self._complete_new_requests(output)
         plan = StepPlan(
-            moves=[move for moves in self._moves.values() for move in moves],
+            moves=self.recycler.take_moves(),
             resent={
                 data.req_id: self._resent_state(data.req_id)
                 for data in output.scheduled_new_reqs
-                if self.streams[data.req_id].dirty
+                if self.recycler.streams[data.req_id].dirty
             },
         )
         if plan:
             setattr(output, StepPlan.ATTRIBUTE, plan)
         for req_id in plan.resent:
-            self.streams[req_id].dirty = False
-        self._resent = []
-        self._moves = {}
-        # The step is planned: whatever takes these pages next is written after its moves ran.
-        if self._retained:
-            self.manager.block_pool.free_blocks(self._retained)
-            self._retained = []
+            self.recycler.streams[req_id].dirty = False
+        self.recycler.release()
         return output
 
-    def _count_pending_prompts(self, output: SchedulerOutput) -> None:
-        """Let vLLM's statistics see whole prompts, not just what the engine sees at once."""
-        for data in output.scheduled_new_reqs:
-            pending = len(self.streams[data.req_id].pending)
-            stats = self.requests[data.req_id].prefill_stats
-            if pending and stats is not None and not self.requests[data.req_id].num_preemptions:
-                stats.set(
-                    num_prompt_tokens=stats.num_prompt_tokens + pending,
-                    num_local_cached_tokens=stats.num_local_cached_tokens,
-                    num_external_cached_tokens=stats.num_external_cached_tokens,
-                )
-
-    def _full_streams(self) -> list[Request]:
-        """Running requests whose cache is full, with one more token to compute, none in flight."""
-        capacity = self.capacity
-        return [
-            request
-            for request in self.running
-            if request.num_computed_tokens == capacity
-            and request.num_in_flight_tokens == 0
-            and request.num_tokens > capacity
-        ]
-
     def _evict(self, request: Request) -> None:
-        if request not in self.running:  # preempted by an eviction earlier in this step
-            return
-        stream = self.streams[request.request_id]
-        offset, window_delta = self._next_rope_offset(stream)
-        while True:
-            eviction = self.manager.evict(request.request_id, window_delta, offset)
-            if eviction is not None:
-                break
-            if self._preempt_lowest_priority() is request:
-                return
-        self._moves[request.request_id] = eviction.moves
-        self._retained += eviction.retained
-        if stream.block_hasher is None:
-            stream.block_hasher = request._block_hasher
-            request._block_hasher = None
-            request.block_hashes.clear()
-        stream.rope_offset = offset
-        stream.reanchorings += bool(window_delta)
-        compact(request, stream, self.schedule_of_stream)
-        self._count(stream, self.schedule_of_stream.stride)
-        self._step_stats.reanchorings += bool(window_delta)
-        self._report_due.add(request.request_id)
+        """Make room in a full stream, at the cost of others when pages are short."""
+        # An eviction earlier in this step may have preempted it.
+        while request.status == RequestStatus.RUNNING and not self.recycler.evict(request):
+            self._preempt_lowest_priority()
 
-    def _next_rope_offset(self, stream: Stream) -> tuple[int, int]:
-        """Rope offset after the next eviction, and the rotation of the window it takes.
-
-        The offset grows by ``g`` so that the window's keys can stay as they are, until positions
-        would leave the RoPE table: then the window is rotated back once (re-anchoring).
-        """
-        rows = self.manager.spec.rope_rows
-        if rows is None:
-            return 0, 0
-        grown = stream.rope_offset + self.schedule_of_stream.stride
-        if grown + self.capacity <= rows:
-            return grown, 0
-        return 0, -grown
-
-    def _preempt_lowest_priority(self) -> Request:
-        """Preempt whom vLLM would preempt when pages run out; returns the victim."""
+    def _preempt_lowest_priority(self) -> None:
+        """Preempt whom vLLM would preempt when pages run out."""
         if self.policy == SchedulingPolicy.PRIORITY:
             victim = max(self.running, key=lambda r: (r.priority, r.arrival_time))
             self.running.remove(victim)
         else:
             victim = self.running.pop()
         self._preempt_request(victim, time.monotonic())
-        return victim
+
+    def _resume_waiting(self) -> None:
+        """Look up the long prompts vLLM may admit in this step; those found hold pages now.
+
+        vLLM admits requests that hold pages first, and never preempts them; so each of them
+        keeps the pages for its first chunk reserved.
+        """
+        slots = self.max_num_active_reqs - len(self.running) - len(self.kv_holding_waiting)
+        for request in list(itertools.islice(self.waiting, max(slots, 0))):
+            if (
+                request.request_id in self.recycler.unresolved
+                and request.status == RequestStatus.WAITING
+                and self.recycler.resume(
+                    request, len(self.kv_holding_waiting) * self.recycler.manager.pages.dropped
+                )
+            ):
+                self.waiting.remove_request(request)
+                self.deferred_waiting.discard(request)
+                self.kv_holding_waiting.add_request(request)
+
+    def _complete_new_requests(self, output: SchedulerOutput) -> None:
+        """Correct what vLLM says of new requests, and add those that are sent again."""
+        for data in output.scheduled_new_reqs:
+            request, stream = self.requests[data.req_id], self.recycler.streams[data.req_id]
+            stats, known = request.prefill_stats, stream.dirty or request.num_preemptions
+            if stats is not None and stream.pending and not known:
+                # vLLM's statistics count whole prompts, not just what the engine sees at once.
+                stats.set(
+                    num_prompt_tokens=stats.num_prompt_tokens + len(stream.pending),
+                    num_local_cached_tokens=stats.num_local_cached_tokens,
+                    num_external_cached_tokens=stats.num_external_cached_tokens,
+                )
+        output.scheduled_new_reqs.extend(self._resent)
+        self._resent = []
+        if self.use_v2_model_runner:
+            for data in output.scheduled_new_reqs:
+                stream, params = self.recycler.streams[data.req_id], data.sampling_params
+                if stream.dirty and params is not None and params.min_tokens:
+                    # That runner samples with stream positions, and compares them with prompt
+                    # length plus min_tokens.
+                    data.sampling_params = copy(params)
+                    data.sampling_params.min_tokens += stream.evicted
 
     def _resent_state(self, req_id: str) -> Resent:
-        stream = self.streams[req_id]
+        stream = self.recycler.streams[req_id]
         return Resent(
-            rope_offset=stream.rope_offset,
+            rope_offset=self.recycler.anchors.offset(stream.chain_evictions),
             evicted=stream.evicted,
             output_token_ids=list(self.requests[req_id]._output_token_ids),
         )
@@ -246,15 +199,23 @@ class StreamingLLMMixin(Scheduler):
         req_to_new_blocks: dict[str, KVCacheBlocks],
     ) -> CachedRequestData:
         """Divert requests the workers have an outdated copy of: they leave as new requests."""
-        self._resent = [
-            self._new_request_data(request)
+        dirty = {
+            request.request_id
             for request in (*running_reqs, *resumed_reqs)
-            if self.streams[request.request_id].dirty
-        ]
-        if self._resent:
-            diverted = {data.req_id for data in self._resent}
-            running_reqs = [r for r in running_reqs if r.request_id not in diverted]
-            resumed_reqs = [r for r in resumed_reqs if r.request_id not in diverted]
+            if self.recycler.streams[request.request_id].dirty
+        }
+        if dirty:
+            self._resent = [
+                NewRequestData.from_request(
+                    request,
+                    self.kv_cache_manager.get_block_ids(request.request_id),
+                    request._all_token_ids.copy() if self.use_v2_model_runner else None,
+                )
+                for request in (*running_reqs, *resumed_reqs)
+                if request.request_id in dirty
+            ]
+            running_reqs = [r for r in running_reqs if r.request_id not in dirty]
+            resumed_reqs = [r for r in resumed_reqs if r.request_id not in dirty]
         return super()._make_cached_request_data(
             running_reqs,
             resumed_reqs,
@@ -262,20 +223,6 @@ class StreamingLLMMixin(Scheduler):
             spec_decode_tokens,
             req_to_new_blocks,
         )
-
-    def _new_request_data(self, request: Request) -> NewRequestData:
-        data = NewRequestData.from_request(
-            request,
-            self.kv_cache_manager.get_block_ids(request.request_id),
-            request._all_token_ids.copy() if self.use_v2_model_runner else None,
-        )
-        params = data.sampling_params
-        if self.use_v2_model_runner and params is not None and params.min_tokens:
-            # That runner samples with stream positions, and compares them with prompt length
-            # plus min_tokens.
-            data.sampling_params = copy(params)
-            data.sampling_params.min_tokens += self.streams[request.request_id].evicted
-        return data
 
     # -- limits -----------------------------------------------------------------------------
 
@@ -300,8 +247,7 @@ class StreamingLLMMixin(Scheduler):
         """
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         if num_tokens >= self.capacity:
-            block_size = self.manager.block_size
-            num_tokens = (self.capacity - 1) // block_size * block_size
+            num_tokens = (self.capacity - 1) // self.block_size * self.block_size
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
         return blocks, num_tokens, boundary, diverged
 
@@ -310,8 +256,7 @@ class StreamingLLMMixin(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            self._step_stats.attach(stats)
-            self._step_stats = StreamingLLMStats()
+            self.recycler.take_stats().attach(stats)
         return stats
 
     def update_from_output(
@@ -323,17 +268,15 @@ class StreamingLLMMixin(Scheduler):
         would lose it.
         """
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self._report_due:
-            for core_outputs in outputs.values():
-                for output in core_outputs.outputs:
-                    if output.request_id in self._report_due:
-                        self._report_due.discard(output.request_id)
-                        request = self.requests[output.request_id]
-                        report = self.streams[output.request_id].report(request)
-                        output.kv_transfer_params = {
-                            **(output.kv_transfer_params or {}),
-                            REPORT_KEY: report,
-                        }
+        due = self.recycler.report_due
+        if due:
+            for output in itertools.chain(*(o.outputs for o in outputs.values())):
+                if output.request_id in due:
+                    due.discard(output.request_id)
+                    request = self.requests[output.request_id]
+                    report = self.recycler.streams[output.request_id].report(request)
+                    params = output.kv_transfer_params or {}
+                    output.kv_transfer_params = {**params, REPORT_KEY: report}
         return outputs
 
 

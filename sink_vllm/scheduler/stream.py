@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
 
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
-from sink_vllm.config import PromptMode
 from sink_vllm.schedule import Schedule
 
 
@@ -20,15 +19,19 @@ class Stream:
 
     pending: array[int] = field(default_factory=lambda: array("i"))
     """Prompt tokens the engine has not seen yet, last one first."""
+    prompt: array[int] | None = None
+    """The whole prompt, until it has been looked up in the prefix cache (long prompts only)."""
     evicted: int = 0
     """Stream position minus cache position of every window token."""
     evictions: int = 0
     reanchorings: int = 0
-    rope_offset: int = 0
+    chain_evictions: int = 0
+    """Evictions since the cache was last built from its first token: all, unless preempted."""
+    evicted_from_chain: int = 0
+    last_hash: BlockHash | None = None
+    """Hash of the last full page; goes on being the parent when its page is evicted."""
     dirty: bool = False
     """The workers' copy of the token list is out of date: send it again with the next tokens."""
-    block_hasher: Callable[[Request], list[Any]] | None = None
-    """The request's own hasher, taken away while its pages are no prefix of anything."""
 
     def report(self, request: Request) -> dict[str, int]:
         """The machine-readable account that goes into the response."""
@@ -40,49 +43,30 @@ class Stream:
         }
 
 
-def open_stream(request: Request, schedule: Schedule, mode: PromptMode) -> Stream:
-    """Cut the prompt of a new request down to what the engine may see at once.
+def show(
+    request: Request, stream: Stream, cached: Sequence[int], rest: Sequence[int], limit: int
+) -> None:
+    """Give the engine a prompt of at most ``limit`` tokens: ``cached`` and the start of ``rest``.
 
-    The engine sees at most ``C + 1`` prompt tokens: enough to know that a chunk ending at ``C``
-    is not the last one (so nothing is sampled), and no more than its buffers hold. The rest waits
-    in the stream, or, in ``truncate`` mode, is never computed: the survivors of the schedule are
-    then an ordinary dense prompt.
+    The engine sees at most ``C + 1`` prompt tokens at once: enough to know that a chunk ending at
+    ``C`` is not the last one (so nothing is sampled), and no more than its buffers hold. What it
+    cannot see yet waits in the stream. ``prompt_token_ids``, which the workers of an in-process
+    engine alias, is replaced; the list behind vLLM's read-only view changes in place.
     """
-    stream = Stream()
-    length = request.num_prompt_tokens
-    if length <= schedule.capacity:
-        return stream
-    assert request.prompt_token_ids is not None  # prompt embeddings are refused in the front end
-    tokens = request.prompt_token_ids
-    if mode == "truncate":
-        stream.evicted = schedule.evicted(length)
-        stream.evictions = schedule.evictions(length)
-        head = schedule.sink_tokens
-        visible = tokens[:head] + tokens[head + stream.evicted :]
-    else:
-        visible = tokens[: schedule.capacity + 1]
-        stream.pending = array("i", tokens[schedule.capacity + 1 :])
-        stream.pending.reverse()
+    room = limit - len(cached)
+    visible = [*cached, *rest[:room]]
+    stream.pending = array("i", rest[room:])
+    stream.pending.reverse()
     request.prompt_token_ids = visible
     request.num_prompt_tokens = len(visible)
     request._all_token_ids[:] = visible
-    rehash(request)
-    return stream
-
-
-def rehash(request: Request) -> None:
-    """Hash the pages of the request's present token list from scratch."""
-    request.block_hashes.clear()
-    request.update_block_hashes()
 
 
 def compact(request: Request, stream: Stream, schedule: Schedule) -> None:
     """Drop the ``g`` tokens after the sinks from ``request``, and let pending prompt tokens in.
 
     Counters that vLLM compares with the lengths of the token lists shrink with them, so that the
-    client's own limits (``max_tokens``, ``min_tokens``) keep their meaning. The token lists that
-    vLLM shares as read-only views change in place; ``prompt_token_ids``, which the workers of an
-    in-process engine alias, is replaced.
+    client's own limits (``max_tokens``, ``min_tokens``) keep their meaning.
     """
     assert request.prompt_token_ids is not None
     begin, end = schedule.sink_tokens, schedule.sink_tokens + schedule.stride
@@ -111,4 +95,6 @@ def compact(request: Request, stream: Stream, schedule: Schedule) -> None:
         request.sampling_params = params
     stream.evicted += schedule.stride
     stream.evictions += 1
+    stream.evicted_from_chain += schedule.stride
+    stream.chain_evictions += 1
     stream.dirty = True

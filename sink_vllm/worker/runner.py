@@ -9,6 +9,7 @@ from sink_vllm.scheduler.spec import StreamingLLMSpec
 from sink_vllm.worker.layers import AttentionLayer, attention_layers, rope_rows
 from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
+from sink_vllm.worker.rope_table import TABLE_CAPACITIES, extend_rope_tables
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -30,11 +31,17 @@ class StreamingLLMRunner(_Runner):
         super().load_model(*args, **kwargs)
         self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
         self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
+        extend_rope_tables(self.attention_layers, TABLE_CAPACITIES * self._config.capacity)
+
+    @property
+    def _config(self) -> SinkConfig:
+        config = SinkConfig.of(self.vllm_config)
+        assert config is not None, "the worker of the policy needs the policy"
+        return config
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The model's specs, its full-attention layers under the policy."""
-        config = SinkConfig.of(self.vllm_config)
-        assert config is not None, "the worker of the policy needs the policy"
+        config = self._config
         rows = rope_rows(self.attention_layers)
         return {
             name: StreamingLLMSpec.wrap(spec, config, rows)

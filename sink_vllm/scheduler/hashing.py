@@ -1,0 +1,88 @@
+"""Prefix-cache hashes of the pages of a stream.
+
+vLLM chains the hash of a page over all tokens before it. That stays valid under the policy,
+because what a page contains is a function of the tokens before it; from the first eviction on it
+is a function of ``S``, ``W`` and ``g`` as well, so those pages get them as an extra key. Pages
+before are ordinary and shared with everybody.
+
+The list ``Request.block_hashes`` is kept aligned with the block table: an eviction drops the same
+entries from both, and the chain goes on from the last hash that was ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    generate_block_hash_extra_keys,
+    hash_block_tokens,
+)
+from vllm.v1.request import Request
+
+from sink_vllm.schedule import Schedule
+
+if TYPE_CHECKING:
+    from sink_vllm.scheduler.stream import Stream
+
+
+class PageHasher:
+    """Hashes full pages of streams under one schedule."""
+
+    def __init__(
+        self, schedule: Schedule, block_size: int, hash_function: Callable[[Any], bytes]
+    ) -> None:
+        self._capacity = schedule.capacity
+        self._block_size = block_size
+        self._hash = hash_function
+        self._policy_key = (
+            "streaming_llm",
+            schedule.sink_tokens,
+            schedule.window,
+            schedule.stride,
+        )
+        # A head page shares its stream page with evicted tokens. If the window is too short for
+        # that page to be full at the eviction, its hash is never known and the chain ends.
+        border = schedule.sink_tokens % block_size
+        self.chain_survives_eviction = not border or border + schedule.window >= block_size
+
+    def install(self, request: Request, stream: Stream) -> None:
+        """Make ``request`` hash its pages as those of ``stream``, from scratch."""
+        request._block_hasher = partial(self._hash_new_pages, stream)
+        request.block_hashes.clear()
+        stream.last_hash = None
+        request.update_block_hashes()
+
+    def hashes(
+        self, request: Request, tokens: Sequence[int], position: int, parent: BlockHash | None
+    ) -> list[BlockHash]:
+        """Hashes of the full pages in ``tokens``.
+
+        Args:
+            request: whose LoRA name and cache salt enter the hashes.
+            tokens: from the start of a page on.
+            position: stream position of ``tokens[0]``.
+            parent: hash of the page before; ``None`` at the start of the stream.
+        """
+        size = self._block_size
+        found: list[BlockHash] = []
+        for begin in range(0, len(tokens) - size + 1, size):
+            start, end = position + begin, position + begin + size
+            keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+            if end > self._capacity:
+                keys = (*(keys or ()), self._policy_key)
+            parent = hash_block_tokens(self._hash, parent, tokens[begin : begin + size], keys)
+            found.append(parent)
+        return found
+
+    def _hash_new_pages(self, stream: Stream, request: Request) -> list[BlockHash]:
+        """What vLLM calls whenever tokens were appended to ``request``."""
+        start = len(request.block_hashes) * self._block_size
+        if start + self._block_size > request.num_tokens:
+            return []
+        tokens = request._all_token_ids[start:]
+        new = self.hashes(request, tokens, start + stream.evicted_from_chain, stream.last_hash)
+        stream.last_hash = new[-1]
+        return new
