@@ -1,0 +1,199 @@
+"""Requests the policy cannot serve are refused, with the status of a bad request."""
+
+import inspect
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from sink_vllm.frontend.lengths import FRONT_MAX, front_view
+from sink_vllm.frontend.requests import (
+    REFUSALS,
+    _wrap_beam_search_offline,
+    _wrap_beam_search_online,
+    _wrap_process_inputs,
+)
+from tests.tiny_models import VOCAB_SIZE, TinyLlama
+
+POLICY = {"kv_policy": "sink", "sink_tokens": 4, "sink_window": 92, "sink_stride": 32}
+CAPACITY = 4 + 92 + 32
+Process = Callable[..., EngineCoreRequest]
+
+
+def _processor(model: Path, additional_config: dict[str, Any]) -> Process:
+    """``process_inputs`` of a real input processor, for token ids."""
+    config = EngineArgs(
+        model=str(model),
+        block_size=32,
+        additional_config=additional_config,
+    ).create_engine_config()
+    processor = InputProcessor(front_view(config))
+    process_inputs = _wrap_process_inputs(InputProcessor.process_inputs)
+
+    def process(tokens: int | list[int], params: SamplingParams, **fields: Any) -> Any:
+        if isinstance(tokens, int):
+            tokens = [index % 256 for index in range(tokens)]
+        prompt = {"prompt_token_ids": tokens}
+        return process_inputs(processor, "r", prompt, params, ("generate",), **fields)
+
+    return process
+
+
+@pytest.fixture(scope="module")
+def process(tiny_llama: Callable[[TinyLlama], Path]) -> Process:
+    return _processor(tiny_llama(TinyLlama()), POLICY)
+
+
+@pytest.fixture(scope="module")
+def stock_process(tiny_llama: Callable[[TinyLlama], Path]) -> Process:
+    return _processor(tiny_llama(TinyLlama()), {})
+
+
+@pytest.mark.parametrize("num_tokens", [1, CAPACITY, CAPACITY + 1, 10**5, 10**6])
+def test_any_prompt_length(process: Process, num_tokens: int) -> None:
+    request = process(num_tokens, SamplingParams(max_tokens=5))
+
+    assert request.prompt_token_ids is not None
+    assert len(request.prompt_token_ids) == num_tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(5, 5), (10**6, 10**6), (FRONT_MAX, FRONT_MAX - 100), (None, FRONT_MAX - 100)],
+)
+def test_max_tokens(process: Process, given: int | None, expected: int) -> None:
+    """The sum of prompt and output fits into the engine's int32."""
+    given_params = SamplingParams(max_tokens=given)
+
+    request = process(100, given_params)
+
+    assert request.sampling_params is not None
+    assert request.sampling_params.max_tokens == expected
+    assert given_params.max_tokens == given  # the caller's object is left alone
+
+
+@pytest.mark.parametrize("max_tokens", [FRONT_MAX + 1, 2**64])
+def test_max_tokens_the_engine_cannot_count(process: Process, max_tokens: int) -> None:
+    with pytest.raises(VLLMValidationError, match=f"max_tokens={max_tokens}"):
+        process(100, SamplingParams(max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize("num_tokens", [CAPACITY, CAPACITY + 1])
+def test_prompt_logprobs_only_within_the_capacity(process: Process, num_tokens: int) -> None:
+    params = SamplingParams(max_tokens=5, prompt_logprobs=1)
+    if num_tokens <= CAPACITY:
+        assert process(num_tokens, params).sampling_params is not None
+        return
+
+    with pytest.raises(VLLMValidationError, match=r"prompt_logprobs.*capacity 128 tokens"):
+        process(num_tokens, params)
+
+
+def test_streaming_input_sessions(process: Process, stock_process: Process) -> None:
+    with pytest.raises(VLLMValidationError, match="resumable"):
+        process(10, SamplingParams(), resumable=True)
+    assert stock_process(10, SamplingParams(), resumable=True).resumable
+
+
+@pytest.mark.parametrize(
+    ("fields", "trace"),
+    [({"prompt_embeds": [1]}, None), ({"mm_features": [1]}, None), ({}, [1, 2])],
+    ids=["prompt embeddings", "multimodal", "trace replay"],
+)
+def test_what_only_servers_with_an_option_accept(
+    fields: dict[str, Any], trace: list[int] | None
+) -> None:
+    """The options are refused at start-up; a second line of defence."""
+    nothing = {"prompt_embeds": None, "mm_features": None, "resumable": False}
+    request: Any = SimpleNamespace(**{**nothing, **fields}, prompt_token_ids=[1])
+    policy: Any = SimpleNamespace(capacity=CAPACITY)
+
+    params = SamplingParams(trace_decode_token_ids=trace)
+
+    assert len([rule for rule, _, _ in REFUSALS if rule(request, params, policy)]) == 1
+
+
+def test_stock_refusals_stay(process: Process) -> None:
+    with pytest.raises(VLLMValidationError, match="cannot be empty"):
+        process(0, SamplingParams())
+    with pytest.raises(VLLMValidationError, match="out of vocabulary"):
+        process([VOCAB_SIZE + 5], SamplingParams())
+
+
+def test_policy_off_leaves_requests_alone(stock_process: Process) -> None:
+    params = SamplingParams(max_tokens=2**40, prompt_logprobs=1)
+
+    request = stock_process(300, params)
+
+    assert request.sampling_params is not None
+    assert request.sampling_params.max_tokens == 2**40
+
+
+def test_refusals_are_bad_requests() -> None:
+    error = create_error_response(VLLMValidationError("text", parameter="max_tokens"))
+
+    assert error.error.code == HTTPStatus.BAD_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("wrap", "owner"),
+    [(_wrap_beam_search_online, "engine_client"), (_wrap_beam_search_offline, "llm_engine")],
+)
+def test_beam_search(
+    wrap: Callable[[Any], Any],
+    owner: str,
+    tiny_llama: Callable[[TinyLlama], Path],
+) -> None:
+    def config_with(additional_config: dict[str, Any]) -> VllmConfig:
+        model = str(tiny_llama(TinyLlama()))
+        args = EngineArgs(model=model, block_size=32, additional_config=additional_config)
+        return front_view(args.create_engine_config())
+
+    def handler(config: VllmConfig) -> Any:
+        return SimpleNamespace(**{owner: SimpleNamespace(vllm_config=config)})
+
+    beam_search = wrap(lambda _self, *_args, **_kwargs: "searched")
+    params = BeamSearchParams(beam_width=2, max_tokens=5)
+
+    with pytest.raises(VLLMValidationError, match="beam search"):
+        beam_search(handler(config_with(POLICY)), "prompt", params)
+    assert beam_search(handler(config_with({})), "prompt", params) == "searched"
+
+
+def test_guard_every_request_passes_process_inputs() -> None:
+    assert "self.input_processor.process_inputs(" in inspect.getsource(LLMEngine.add_request)
+    assert "self.input_processor.process_inputs" in inspect.getsource(AsyncLLM.add_request)
+    source = inspect.getsource(InputProcessor.__init__)
+    assert "self.process_inputs, executor" in source  # bound when made: after the patch
+    fields = EngineCoreRequest.__struct_fields__
+    assert {"prompt_embeds", "mm_features", "resumable", "sampling_params"} <= set(fields)
+    assert "sampling_params = params.clone()" in inspect.getsource(InputProcessor.process_inputs)
+
+
+def test_guard_handlers_start_beam_search_by_calling_the_method() -> None:
+    for handler in (OpenAIServingCompletion, OpenAIServingChat):
+        assert issubclass(handler, BeamSearchOnlineMixin)
+        assert "generator = self.beam_search(" in "".join(
+            inspect.getsource(method)
+            for name, method in vars(handler).items()
+            if name.startswith("_create_")
+        )
+    assert "self.engine_client" in inspect.getsource(BeamSearchOnlineMixin.beam_search)
+    assert "self.llm_engine" in inspect.getsource(BeamSearchOfflineMixin.beam_search)
