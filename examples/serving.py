@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -177,8 +176,8 @@ class Server:
     def log_tail(self, lines: int = 12) -> str:
         """What the server's log says about a failure, ready to be appended to a sentence."""
         log = [line.rstrip() for line in self.log.read_text(errors="replace").splitlines()]
-        errors = dict.fromkeys(line for line in log if re.search(r"\b\w*Error: ", line))
-        shown = ["errors:", *list(errors)[:5], "end:", *log[-lines:]]
+        errors = (line for line in log if "WARNING" not in line and "Error: " in line)
+        shown = ["errors:", *list(dict.fromkeys(errors))[:5], "end:", *log[-lines:]]
         return f"; its log is {self.log}\n" + textwrap.indent("\n".join(shown), "    ")
 
     def stop(self, grace: float = 20) -> None:
