@@ -60,6 +60,7 @@ class Facts:
 
     # The engine.
     platform: str = "cpu"
+    routed_experts: bool = False
     v2_model_runner: bool = False
     rust_frontend: bool = False
     chunked_prefill: bool = True
@@ -85,6 +86,7 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
     return Facts(
         **model_facts(vllm_config.model_config),
         platform=current_platform.device_type,
+        routed_experts=vllm_config.aux_output_config.enable_return_routed_experts,
         v2_model_runner=vllm_config.use_v2_model_runner,
         rust_frontend=os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,

@@ -192,6 +192,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "drop --logits-processors",
     ),
     Refusal(
+        "routed experts",
+        "returning routed experts",
+        lambda f: _if(f.routed_experts, "--enable-return-routed-experts"),
+        "they are recorded per slot of the KV cache, and slots are used again",
+        "drop --enable-return-routed-experts",
+    ),
+    Refusal(
         "platform",
         "platforms other than " + " and ".join(PLATFORMS),
         lambda f: _if(f.platform not in PLATFORMS, f.platform),

@@ -219,6 +219,11 @@ def test_configuration_carries_the_plugin(model: str, monkeypatch: pytest.Monkey
             "drop one of the two.",
         ),
         (
+            {"block_size": 48},
+            "--block-size=48 is not a multiple of 32, which vLLM's CPU attention asks for; use "
+            "one of 128, 64, 32, or drop --block-size.",
+        ),
+        (
             {"max_model_len": -1},
             "--max-model-len=auto leaves the length to the free memory, but --kv-policy sink needs "
             "to know the size of its cache; give a number, or drop --max-model-len.",

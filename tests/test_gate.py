@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Facts, str]] = {
     ),
     "prompt embeddings": (Facts(prompt_embeds=True), "--enable-prompt-embeds"),
     "custom logits processors": (Facts(custom_logits_processors=True), "--logits-processors"),
+    "routed experts": (Facts(routed_experts=True), "--enable-return-routed-experts"),
     "platform": (Facts(platform="xpu"), "xpu"),
     "V2 model runner": (Facts(v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0"),
     "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),

@@ -1,5 +1,6 @@
 """The entry point: found by vLLM, light to import, strict about versions, harmless twice."""
 
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -80,6 +81,20 @@ def test_vllm_loads_the_plugin_by_itself() -> None:
         "from vllm.plugins import load_general_plugins; load_general_plugins(); "
         "from sink_vllm.patches_declared import declared_patches; "
         "assert all(patch.is_applied for patch in declared_patches())"
+    )
+
+
+def test_unpickling_options_loads_the_plugin() -> None:
+    """For processes that get a finished configuration and never load plugins themselves."""
+    from sink_vllm.frontend.shipping import ShippedConfig
+
+    pickled = pickle.dumps(ShippedConfig(kv_policy="sink"))
+
+    _python(
+        f"import pickle, sys; config = pickle.loads({pickled!r}); "
+        "from sink_vllm.patches_declared import declared_patches; "
+        "assert all(patch.is_applied for patch in declared_patches()); "
+        "assert config == {'kv_policy': 'sink'}"
     )
 
 

@@ -24,7 +24,8 @@ SCHEDULER = "sink_vllm.scheduler.scheduler.make_scheduler"
 CPU_WORKER = "sink_vllm.worker.cpu_worker.StreamingLLMCPUWorker"
 GPU_WORKER = "sink_vllm.worker.gpu_worker.StreamingLLMGPUWorker"
 
-_CPU_BLOCK_SIZES = (128, 64, 32)  # vLLM's CPU attention takes multiples of 32 only
+_CPU_BLOCK_MULTIPLE = 32  # vLLM's CPU attention takes nothing else
+_CPU_BLOCK_SIZES = (128, 64, 32)
 _GPU_BLOCK_SIZE = 16  # vLLM's default
 _BLOCKS_PER_STREAM = 8  # fewer make the default stride a large part of the cache
 
@@ -76,21 +77,30 @@ def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfi
     check(Facts(**model_facts(model_config)))
     trained_len = model_config.max_model_len
     limit = trained_len if given_len is None else given_len
-    block_size = engine_args.block_size or _default_block_size(options, limit)
+    block_size = _block_size(engine_args, options, limit)
     config = SinkConfig.resolve(
         options, block_size=block_size, trained_len=trained_len, max_model_len=given_len
     )
     return config, trained_len
 
 
-def _default_block_size(options: SinkOptions, limit: int) -> int:
-    """Tokens per KV page when the user gives none; ``limit`` bounds the capacity (tokens).
+def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int) -> int:
+    """Tokens per KV page; ``limit`` bounds the capacity (tokens).
 
-    Given to vLLM explicitly, because it may otherwise change the block size when it picks the
-    attention backend, after the stride has been decided.
+    A choice of ours is given to vLLM explicitly, because it may otherwise change the block size
+    when it picks the attention backend, after the stride has been decided.
     """
     from vllm.platforms import current_platform
 
+    given: int | None = engine_args.block_size
+    if given is not None:
+        if current_platform.is_cpu() and given % _CPU_BLOCK_MULTIPLE:
+            raise ValueError(
+                f"--block-size={given} is not a multiple of {_CPU_BLOCK_MULTIPLE}, which vLLM's "
+                f"CPU attention asks for; use one of {', '.join(map(str, _CPU_BLOCK_SIZES))}, or "
+                "drop --block-size."
+            )
+        return given
     if not current_platform.is_cpu():
         return _GPU_BLOCK_SIZE
     if options.sink_window is None:
