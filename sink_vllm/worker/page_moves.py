@@ -48,6 +48,7 @@ class PageMover:
         """The mover of a model runner whose KV cache has been initialised."""
         return cls(runner.attention_layers, runner.cache_config.block_size)
 
+    @torch.inference_mode()
     def run(self, moves: Sequence[PageMove]) -> None:
         """Execute moves: all of them read before any of them writes.
 
@@ -57,6 +58,7 @@ class PageMover:
         for group in self._bound_groups():
             group.run(moves)
 
+    @torch.inference_mode()
     def read_slot(self, page: int, slot: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Key (float32) and value of one token: ``[heads, head_size]`` each, by layer name."""
         return {
@@ -65,6 +67,12 @@ class PageMover:
             for keys, values in [group.read_slot(page, slot)]
             for i, layer in enumerate(group.store.layers)
         }
+
+    @torch.inference_mode()
+    def clear(self, pages: Sequence[int]) -> None:
+        """Fill pages with zeros, as vLLM allocates them."""
+        for group in self._bound_groups():
+            group.clear(pages)
 
     def rebind(self) -> None:
         """Forget what was derived from layers: their rotation or caches have changed."""
@@ -144,6 +152,12 @@ class _LayerGroup:
         keys = self.pages.read_keys(scratch, kernel_slot, kernel_slot + 1)
         values = self.pages.read_values(scratch, kernel_slot, kernel_slot + 1)
         return keys[0, :, 0].clone(), values[0, :, 0].clone()
+
+
+    def clear(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            for cache in self.store.caches:
+                cache[page * self.split : (page + 1) * self.split] = 0
 
 
 class _Prepared:

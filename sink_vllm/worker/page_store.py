@@ -55,7 +55,7 @@ class PageStore:
             self.page_strides = (tokens * content, *strides[2:])
         self.page_size = heads * tokens * content
         run = self.page_size // runs
-        starts = [cache.storage_offset() for cache in self.caches]
+        starts = [int(cache.storage_offset()) for cache in self.caches]
         places = [*(start - starts[0] for start in starts), strides[0]]
         places += [strides[1]] if runs > 1 else []
         for layer, cache in zip(self.layers, self.caches, strict=True):

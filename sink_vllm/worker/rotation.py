@@ -59,7 +59,7 @@ def _of_table(rotary: RotaryEmbedding) -> torch.Tensor:
     return torch.atan2(sin, cos)
 
 
-# By exact type: a subclass of ours-known class may change anything.
+# By exact type: a subclass may change anything.
 _FREQUENCIES: dict[type, Callable[..., torch.Tensor]] = {
     RotaryEmbedding: _of_base,
     Llama3RotaryEmbedding: _of_base,
@@ -97,6 +97,7 @@ class Rotation:
                 f"serve this model with --kv-policy full (usable are "
                 f"{', '.join(sorted(known.__name__ for known in _FREQUENCIES))})."
             ) from None
+        assert isinstance(rotary, RotaryEmbedding)  # base of every known class
         self.rotary = rotary
         self.rotary_dim: int = rotary.rotary_dim
         self.head_size: int = rotary.head_size

@@ -1,0 +1,194 @@
+"""Start-up proof, on the real model and the real runner, that cached keys can be re-rotated.
+
+Attention over a single key does not depend on its position. So a sequence of one token, run at
+rope offset 0 and again at rope offset delta, has the same hidden states, and in every layer
+
+    K(delta) = R(delta) K(0)        V(delta) = V(0)
+
+must hold, with R as ``PageMover`` computes it. One comparison proves rotary module, pairing,
+partial dimensions, scaling, page layout and packing of the model at hand, and that rope offsets
+reach the model. Layers whose keys do not depend on the position (NoPE) are found and left
+alone, everything else is refused. The steps run through ``execute_model`` with hand-made
+``SchedulerOutput`` objects, as vLLM's own ``warmup_kernels`` does.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+from sink_vllm.plan import PageMove, Resent, StepPlan
+from sink_vllm.worker.layers import AttentionLayer, rope_rows
+from sink_vllm.worker.page_moves import PageMover
+
+logger = logging.getLogger("vllm.sink_vllm")
+
+_REFERENCE, _SCRATCH = 1, 2  # pages; page 0 is vLLM's null block
+_NEAR = 3  # rope positions of the near delta; the far one is the end of the table
+_Slot = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """One token at rope positions 0 and ``delta``: key and value of every layer."""
+
+    delta: int
+    at_zero: _Slot
+    at_delta: _Slot
+    moved: _Slot
+    """``at_zero`` after a page move with ``delta``."""
+
+
+def self_test(runner: Any, worker: Any = None) -> None:
+    """Compare ``runner.page_mover`` with the model; run once, before any request.
+
+    Pages 1 and 2 are used and left zeroed. Layers that turn out not to rotate lose their
+    ``rotation``, and the mover is told.
+
+    Args:
+        runner: model runner with ``attention_layers`` and ``page_mover``, caches bound.
+        worker: its worker; needed with pipeline parallelism, where it passes hidden states on.
+
+    Raises:
+        ValueError: a layer's keys or values are not what page moves make of them; names layer,
+            largest error and way out.
+    """
+    layers, mover = runner.attention_layers, runner.page_mover
+    if not layers:
+        return  # a pipeline stage without attention
+    if len(runner.kv_cache_config.kv_cache_groups) != 1:
+        raise ValueError(
+            f"the KV cache has {len(runner.kv_cache_config.kv_cache_groups)} groups of layers "
+            f"with page tables of their own, and --kv-policy sink moves pages of one; serve this "
+            f"model with --kv-policy full."
+        )
+    # All steps first: a rank that raised between them would leave the others waiting.
+    trials = _run_trials(runner, runner if worker is None else worker, mover, rope_rows(layers))
+    still = [layer for layer in layers if not _rotates(layer, trials)]
+    if len(still) == len(layers) and rope_rows(layers) is not None:
+        raise ValueError(
+            f"{layers[0].name} and all other layers have the same keys at every position, though "
+            f"the model has rotary modules: rope offsets do not reach the model; serve it with "
+            f"--kv-policy full."
+        )
+    for layer in still:
+        layer.rotation = None
+    mover.rebind()
+    mover.clear((_REFERENCE, _SCRATCH))
+    worst = max((_key_error(layer, trial) for layer in layers for trial in trials), default=0.0)
+    logger.info(
+        "Start-up self-test: keys re-rotate in %d layers, do not depend on positions in %d; "
+        "largest relative error %.1e.",
+        len(layers) - len(still),
+        len(still),
+        worst,
+    )
+
+
+def _run_trials(runner: Any, steps: Any, mover: PageMover, rows: int | None) -> list[_Trial]:
+    far = _NEAR if rows is None else rows - 1
+    vocabulary = runner.model_config.get_vocab_size()
+    trials = []
+    for token in sorted({vocabulary // 2, vocabulary // 3}):
+        for delta in sorted({min(_NEAR, far), far}):
+            _run_token(steps, token, page=_REFERENCE, offset=0)
+            _run_token(steps, token, page=_SCRATCH, offset=delta)
+            at_zero, at_delta = mover.read_slot(_REFERENCE, 0), mover.read_slot(_SCRATCH, 0)
+            mover.run([PageMove(_REFERENCE, _SCRATCH, 0, 1, delta)])
+            trials.append(_Trial(delta, at_zero, at_delta, mover.read_slot(_SCRATCH, 0)))
+    return trials
+
+
+def _run_token(steps: Any, token: int, *, page: int, offset: int) -> None:
+    """Run a request of one token in slot 0 of ``page`` at rope position ``offset``."""
+    req_id = f"_sink_vllm_self_test_{page}"
+    step = SchedulerOutput.make_empty()
+    step.scheduled_new_reqs = [
+        NewRequestData(
+            req_id=req_id,
+            prompt_token_ids=[token],
+            prefill_token_ids=[token],
+            mm_features=[],
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
+            pooling_params=None,
+            block_ids=([page],),
+            num_computed_tokens=0,
+            lora_request=None,
+        )
+    ]
+    step.num_scheduled_tokens = {req_id: 1}
+    step.total_num_scheduled_tokens = 1
+    resent = Resent(rope_offset=offset, evicted=0, output_token_ids=[])
+    setattr(step, StepPlan.ATTRIBUTE, StepPlan(resent={req_id: resent}))
+    if steps.execute_model(step) is None:
+        steps.sample_tokens(None)
+    finish = SchedulerOutput.make_empty()
+    finish.finished_req_ids = {req_id}
+    steps.execute_model(finish)
+
+
+def _rotates(layer: AttentionLayer, trials: Sequence[_Trial]) -> bool:
+    """Whether the layer's keys rotate (``True``) or do not depend on the position.
+
+    Raises:
+        ValueError: neither, or its values depend on the position.
+    """
+    name = layer.name
+    values = max(_relative(one.at_delta[name][1], one.at_zero[name][1]) for one in trials)
+    if not values <= _allowed(layer, 0):
+        raise ValueError(
+            f"{name}: values of one token differ by {values:.1e} between two rope positions, so "
+            f"the model uses positions in another way than rotating keys; serve it with "
+            f"--kv-policy full."
+        )
+    if layer.rotation is not None and all(
+        _key_error(layer, one) <= _allowed(layer, one.delta) for one in trials
+    ):
+        return True
+    if all(
+        _relative(one.at_delta[name][0], one.at_zero[name][0]) <= _allowed(layer, one.delta)
+        for one in trials
+    ):
+        return False
+    if layer.rotation is None:
+        raise ValueError(
+            f"{name}: its keys depend on the position, but no rotary module was found above it; "
+            f"serve this model with --kv-policy full."
+        )
+    error, delta = max((_key_error(layer, one), one.delta) for one in trials)
+    raise ValueError(
+        f"{name}: keys re-rotated with its {type(layer.rotation.rotary).__name__} by {delta} "
+        f"positions differ by {error:.1e} from the model's own (allowed "
+        f"{_allowed(layer, delta):.1e}); serve this model with --kv-policy full."
+    )
+
+
+def _key_error(layer: AttentionLayer, trial: _Trial) -> float:
+    """How far a moved key is from the one the model computes."""
+    return _relative(trial.at_delta[layer.name][0], trial.moved[layer.name][0])
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of a head relative to the length of its vector; ``[heads, size]``."""
+    found, expected = found.float(), expected.float()
+    length = expected.norm(dim=-1)
+    # Heads with next to nothing in them would turn rounding into errors.
+    length = length.clamp_min(max(float(length.max()) * 1e-3, torch.finfo(torch.float32).tiny))
+    return float(((found - expected).norm(dim=-1) / length).max())
+
+
+def _allowed(layer: AttentionLayer, delta: int) -> float:
+    """Relative error that rounding explains.
+
+    A key is rounded when it is written, and was rotated with a rounded table: four roundings of
+    the cache's dtype. The table's angles were float32 products: half a unit in their last place
+    each, which is the larger part far out in a float32 table.
+    """
+    precision = max(4 * torch.finfo(layer.kv_cache.dtype).eps, 1e-4)
+    if layer.rotation is None:
+        return precision
+    return precision + delta * float(layer.rotation.frequencies.max()) * 2.0**-23
