@@ -153,7 +153,6 @@ class _LayerGroup:
         values = self.pages.read_values(scratch, kernel_slot, kernel_slot + 1)
         return keys[0, :, 0].clone(), values[0, :, 0].clone()
 
-
     def clear(self, pages: Sequence[int]) -> None:
         for page in pages:
             for cache in self.store.caches:
