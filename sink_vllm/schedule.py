@@ -16,6 +16,7 @@ token per step; this one evicts ``g`` tokens at once. Sinks are exact, the windo
 than ``W``.
 """
 
+import functools
 from dataclasses import dataclass
 
 
@@ -75,7 +76,13 @@ class EvictionPages:
     border: int | None
     border_sinks: int
 
+    @property
+    def sinks(self) -> int:
+        """Pages that hold sink tokens."""
+        return self.sink_full + (self.border is not None)
+
     @classmethod
+    @functools.lru_cache(maxsize=256)
     def of(cls, schedule: Schedule, block_size: int) -> "EvictionPages":
         """Page arithmetic of ``schedule`` for pages of ``block_size`` tokens.
 

@@ -89,7 +89,7 @@ class Pool:
     def check_hashed_pages(self) -> None:
         """A page that can be found by hash is a whole page of a stream, rotated as one piece, and
         before the capacity an ordinary page of an ordinary prompt."""
-        span = self.recycler.anchors.span
+        span = self.manager.anchors.span
         for block in self.blocks.blocks:
             if block.block_hash is not None:
                 slots = self.content[block.block_id]
@@ -97,7 +97,7 @@ class Pool:
                 first, rope = slots[0]
                 assert first % BLOCK == 0
                 assert slots == [(first + i, rope + i) for i in range(BLOCK)]
-                cycle = self.recycler.anchors.reanchorings(self.schedule.evictions(first + BLOCK))
+                cycle = self.manager.anchors.reanchorings(self.schedule.evictions(first + BLOCK))
                 assert rope == first - cycle * span
 
     @property
@@ -133,7 +133,7 @@ class Run:
 
     @property
     def offset(self) -> int:
-        return self.pool.recycler.anchors.offset(self.stream.chain_evictions)
+        return self.pool.manager.anchors.offset(self.stream.chain_evictions)
 
     def settle(self) -> None:
         """Run the page moves of the step; the pages they read from stay pinned until then."""
@@ -287,7 +287,7 @@ def test_resume_is_what_streaming_leaves_behind(
     assert hasher is not None
     if prompt_len <= schedule.capacity + stride + BLOCK:
         return  # nothing past the capacity to resume from, or an ordinary hit
-    assert second.resumed == hasher.chain_survives_eviction
+    assert second.resumed == hasher.survives_eviction(schedule)
     if second.resumed:
         assert prompt_len - second.computed <= 2 * stride + BLOCK
     while second.computed < prompt_len + 3 * stride:
@@ -317,9 +317,8 @@ def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
         request = Request("x", tokens, SamplingParams(max_tokens=1), None, cache_salt=salt)
         other = Recycler(SinkConfig(schedule=schedule, block_size=BLOCK), pool.manager, sha256)
         assert other.hasher is not None
-        return pool.manager.find_resume(
-            other.hasher.hashes(request, tokens, 0, None), (len(tokens) - 1) // BLOCK
-        )
+        hashes = other.hasher.hashes(request, schedule, tokens)
+        return pool.manager.find_resume(schedule, hashes, (len(tokens) - 1) // BLOCK)
 
     assert boundary(schedule, tokens, None) == 19
     assert boundary(schedule, [*tokens[:40], 999, *tokens[41:]], None) == 10

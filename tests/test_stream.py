@@ -20,7 +20,7 @@ GRID = [
 
 def open_stream(request: Request, schedule: Schedule, mode: str) -> Stream:
     """What the recycler does with a prompt longer than the capacity."""
-    stream, limit = Stream(), schedule.capacity + 1
+    stream, limit = Stream(schedule), schedule.capacity + 1
     tokens = request.prompt_token_ids or []
     if len(tokens) > schedule.capacity and mode == "stream":
         show(request, stream, (), tokens, limit)
@@ -52,7 +52,7 @@ def test_token_lists_are_the_cached_tokens(
     computed = stream.evicted if mode == "truncate" else 0
     while computed < len(tokens):
         if request.num_computed_tokens == schedule.capacity:
-            compact(request, stream, schedule)
+            compact(request, stream)
         request.num_computed_tokens += 1
         computed += 1
         if computed >= prompt_len and request.num_computed_tokens == request.num_tokens:

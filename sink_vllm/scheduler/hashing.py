@@ -29,24 +29,20 @@ if TYPE_CHECKING:
 
 
 class PageHasher:
-    """Hashes full pages of streams under one schedule."""
+    """Hashes full pages of streams."""
 
-    def __init__(
-        self, schedule: Schedule, block_size: int, hash_function: Callable[[Any], bytes]
-    ) -> None:
-        self._capacity = schedule.capacity
+    def __init__(self, block_size: int, hash_function: Callable[[Any], bytes]) -> None:
         self._block_size = block_size
         self._hash = hash_function
-        self._policy_key = (
-            "streaming_llm",
-            schedule.sink_tokens,
-            schedule.window,
-            schedule.stride,
-        )
-        # A head page shares its stream page with evicted tokens. If the window is too short for
-        # that page to be full at the eviction, its hash is never known and the chain ends.
-        border = schedule.sink_tokens % block_size
-        self.chain_survives_eviction = not border or border + schedule.window >= block_size
+
+    def survives_eviction(self, schedule: Schedule) -> bool:
+        """Whether the chain of hashes can go on after an eviction.
+
+        A head page shares its stream page with evicted tokens. If the window is too short for
+        that page to be full at the eviction, its hash is never known and the chain ends.
+        """
+        border = schedule.sink_tokens % self._block_size
+        return not border or border + schedule.window >= self._block_size
 
     def install(self, request: Request, stream: Stream) -> None:
         """Make ``request`` hash its pages as those of ``stream``, from scratch."""
@@ -56,23 +52,30 @@ class PageHasher:
         request.update_block_hashes()
 
     def hashes(
-        self, request: Request, tokens: Sequence[int], position: int, parent: BlockHash | None
+        self,
+        request: Request,
+        schedule: Schedule,
+        tokens: Sequence[int],
+        position: int = 0,
+        parent: BlockHash | None = None,
     ) -> list[BlockHash]:
         """Hashes of the full pages in ``tokens``.
 
         Args:
             request: whose LoRA name and cache salt enter the hashes.
+            schedule: of the stream; enters those of pages past the capacity.
             tokens: from the start of a page on.
             position: stream position of ``tokens[0]``.
             parent: hash of the page before; ``None`` at the start of the stream.
         """
         size = self._block_size
+        policy = ("streaming_llm", schedule.sink_tokens, schedule.window, schedule.stride)
         found: list[BlockHash] = []
         for begin in range(0, len(tokens) - size + 1, size):
             start, end = position + begin, position + begin + size
             keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
-            if end > self._capacity:
-                keys = (*(keys or ()), self._policy_key)
+            if end > schedule.capacity:
+                keys = (*(keys or ()), policy)
             parent = hash_block_tokens(self._hash, parent, tokens[begin : begin + size], keys)
             found.append(parent)
         return found
@@ -83,6 +86,7 @@ class PageHasher:
         if start + self._block_size > request.num_tokens:
             return []
         tokens = request._all_token_ids[start:]
-        new = self.hashes(request, tokens, start + stream.evicted_from_chain, stream.last_hash)
+        position = start + stream.evicted_from_chain
+        new = self.hashes(request, stream.schedule, tokens, position, stream.last_hash)
         stream.last_hash = new[-1]
         return new

@@ -18,7 +18,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from sink_vllm.plan import PageMove
-from sink_vllm.schedule import EvictionPages, RopeAnchors, cdiv
+from sink_vllm.schedule import EvictionPages, RopeAnchors, Schedule
 from sink_vllm.scheduler.spec import StreamingLLMSpec
 
 
@@ -43,9 +43,8 @@ class StreamingLLMManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: StreamingLLMSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.spec = kv_cache_spec
-        self.pages = EvictionPages.of(kv_cache_spec.schedule, self.block_size)
+        # For the largest capacity a stream may have; a smaller one only leaves rows unused.
         self.anchors = RopeAnchors.of(kv_cache_spec.schedule, kv_cache_spec.rope_rows)
-        self.num_sink_pages = cdiv(kv_cache_spec.sink_tokens, self.block_size)
         # Admission must see the cost of a whole stream, sink pages included.
         self.max_admission_blocks_per_request = kv_cache_spec.pages_per_stream
         self.sink_pages: dict[str, list[KVCacheBlock]] = {}
@@ -53,11 +52,14 @@ class StreamingLLMManager(FullAttentionManager):
 
     # -- eviction ---------------------------------------------------------------------------
 
-    def evict(self, request_id: str, window_delta: int, sink_delta: int) -> PageChange | None:
+    def evict(
+        self, request_id: str, schedule: Schedule, window_delta: int, sink_delta: int
+    ) -> PageChange | None:
         """Drop the ``g`` tokens after the sinks of a request whose cache is full.
 
         Args:
             request_id: a request with exactly ``C`` cached tokens and none in flight.
+            schedule: of this request; the same in every call.
             window_delta: rope positions to rotate the window's keys by; 0 leaves them alone,
                 anything else is a re-anchoring.
             sink_delta: rope positions between the sinks as first computed and as seen from now on.
@@ -66,9 +68,9 @@ class StreamingLLMManager(FullAttentionManager):
             The page moves, or ``None`` when the pool has too few free pages (nothing changed).
         """
         table = self.req_to_blocks[request_id]
-        pages = self.pages
+        pages = EvictionPages.of(schedule, self.block_size)
         first = request_id not in self.sink_pages
-        sources = self.sink_pages.get(request_id) or table[: self.num_sink_pages]
+        sources = self.sink_pages.get(request_id) or table[: pages.sinks]
 
         # The first sink pages of a fresh stream move from the table to the pinned list; the page
         # with the last sinks is among the dropped ones, so it must not be freed.
@@ -112,12 +114,16 @@ class StreamingLLMManager(FullAttentionManager):
         if request_id in self.num_cached_block:
             # Head pages count as hashed, so that they never are.
             cached = self.num_cached_block[request_id] - pages.dropped
-            self.num_cached_block[request_id] = max(cached, self.num_sink_pages)
-        moves += self._sink_moves(sources, table, sink_delta)
+            self.num_cached_block[request_id] = max(cached, pages.sinks)
+        moves += self._sink_moves(schedule, sources, table, sink_delta)
         return PageChange(moves, retained)
 
     def _sink_moves(
-        self, sources: Sequence[KVCacheBlock], table: Sequence[KVCacheBlock], delta: int
+        self,
+        schedule: Schedule,
+        sources: Sequence[KVCacheBlock],
+        table: Sequence[KVCacheBlock],
+        delta: int,
     ) -> list[PageMove]:
         """Write the sinks into the head pages, rotated from their pristine keys."""
         return [
@@ -125,7 +131,7 @@ class StreamingLLMManager(FullAttentionManager):
                 source.block_id,
                 target.block_id,
                 0,
-                min(self.block_size, self.spec.sink_tokens - index * self.block_size),
+                min(self.block_size, schedule.sink_tokens - index * self.block_size),
                 delta,
             )
             for index, (source, target) in enumerate(zip(sources, table, strict=False))
@@ -137,10 +143,13 @@ class StreamingLLMManager(FullAttentionManager):
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
-    def find_resume(self, hashes: Sequence[BlockHash], num_pages: int) -> int | None:
+    def find_resume(
+        self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int
+    ) -> int | None:
         """The longest boundary a stream with these page hashes can be resumed at.
 
         Args:
+            schedule: of the stream.
             hashes: of the full pages of the stream, from its start.
             num_pages: consider boundaries of at most that many pages.
 
@@ -148,15 +157,16 @@ class StreamingLLMManager(FullAttentionManager):
             Pages before the boundary, all of them past the capacity; ``None`` if the sink pages,
             or every window, have gaps in the cache.
         """
-        if any(self._cached(block_hash) is None for block_hash in hashes[: self.num_sink_pages]):
+        sinks = EvictionPages.of(schedule, self.block_size).sinks
+        if any(self._cached(block_hash) is None for block_hash in hashes[:sinks]):
             return None
         end = low = num_pages  # pages [low, end) are cached
-        while end * self.block_size > self.spec.schedule.capacity:
-            if not self._is_resumable(end):
+        while end * self.block_size > schedule.capacity:
+            if not self._is_resumable(schedule, end):
                 end -= 1
                 low = min(low, end)
                 continue
-            first = self._first_window_page(end)
+            first = self._first_window_page(schedule, end)
             while low > first and self._cached(hashes[low - 1]) is not None:
                 low -= 1
             if low <= first:
@@ -165,7 +175,12 @@ class StreamingLLMManager(FullAttentionManager):
         return None
 
     def resume(
-        self, request_id: str, hashes: Sequence[BlockHash], end: int, reserved: int = 0
+        self,
+        request_id: str,
+        schedule: Schedule,
+        hashes: Sequence[BlockHash],
+        end: int,
+        reserved: int = 0,
     ) -> PageChange | None:
         """Build the block table a stream has after ``end`` pages, from cached pages.
 
@@ -174,6 +189,7 @@ class StreamingLLMManager(FullAttentionManager):
 
         Args:
             request_id: a request without pages.
+            schedule: of its stream.
             hashes: of the full pages of its stream, from the start.
             end: a boundary ``find_resume`` returned for them.
             reserved: free pages that must be left for others.
@@ -181,16 +197,16 @@ class StreamingLLMManager(FullAttentionManager):
         Returns:
             The page moves, or ``None`` when the pool has too few free pages (nothing changed).
         """
-        pages = self.pages
-        evictions = self.evictions_at(end)
-        first = self._first_window_page(end)
-        sources = [self._cached(h) for h in hashes[: self.num_sink_pages]]
-        window = [self._cached(h) for h in hashes[first:end]]
-        held = [block for block in (*sources, *window) if block is not None]
-        assert len(held) == len(sources) + len(window)
-        sources, window = held[: len(sources)], held[len(sources) :]
+        pages = EvictionPages.of(schedule, self.block_size)
+        evictions = self.evictions_at(schedule, end)
+        first = self._first_window_page(schedule, end)
+        sources = self._all_cached(hashes[: pages.sinks])
+        window = self._all_cached(hashes[first:end])
+        held = [*sources, *window]
         self.block_pool.touch(held)
-        deltas = [self._age(page, evictions) * -self.anchors.span for page in range(first, end)]
+        deltas = [
+            self._age(schedule, page, evictions) * -self.anchors.span for page in range(first, end)
+        ]
         copied = [
             bool(delta) or (index == 0 and pages.border is not None)
             for index, delta in enumerate(deltas)
@@ -217,34 +233,40 @@ class StreamingLLMManager(FullAttentionManager):
         self.req_to_blocks[request_id] = table
         self.num_cached_block[request_id] = len(table)
         self.sink_pages[request_id] = sources
-        moves += self._sink_moves(sources, table, self.anchors.offset(evictions))
+        moves += self._sink_moves(schedule, sources, table, self.anchors.offset(evictions))
         return PageChange(moves, retained)
 
     def _cached(self, block_hash: BlockHash) -> KVCacheBlock | None:
         found = self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id])
         return found[0] if found else None
 
-    def _first_window_page(self, end: int) -> int:
-        """First page of the stream with a window token when it goes on after ``end`` pages."""
-        return self.spec.schedule.window_start(end * self.block_size + 1) // self.block_size
+    def _all_cached(self, hashes: Sequence[BlockHash]) -> list[KVCacheBlock]:
+        blocks = [block for block in map(self._cached, hashes) if block is not None]
+        assert len(blocks) == len(hashes), "find_resume has just seen them"
+        return blocks
 
-    def evictions_at(self, end: int) -> int:
+    def _first_window_page(self, schedule: Schedule, end: int) -> int:
+        """First page of the stream with a window token when it goes on after ``end`` pages."""
+        return schedule.window_start(end * self.block_size + 1) // self.block_size
+
+    def evictions_at(self, schedule: Schedule, end: int) -> int:
         """Evictions of a stream that is about to compute the token after ``end`` pages.
 
         One more than after those pages if that token finds the cache full.
         """
-        return self.spec.schedule.evictions(end * self.block_size + 1)
+        return schedule.evictions(end * self.block_size + 1)
 
-    def _is_resumable(self, end: int) -> bool:
+    def _is_resumable(self, schedule: Schedule, end: int) -> bool:
         """Whether no key of the window has been rotated back more than once after ``end`` pages.
 
         Rotating it by the sum at once would be the same rotation, but not the same rounding.
         """
-        return self._age(self._first_window_page(end), self.evictions_at(end)) <= 1
+        first = self._first_window_page(schedule, end)
+        return self._age(schedule, first, self.evictions_at(schedule, end)) <= 1
 
-    def _age(self, page: int, evictions: int) -> int:
+    def _age(self, schedule: Schedule, page: int, evictions: int) -> int:
         """Re-anchorings between the completion of a page of the stream and ``evictions``."""
-        written = self.spec.schedule.evictions((page + 1) * self.block_size)
+        written = schedule.evictions((page + 1) * self.block_size)
         return self.anchors.reanchorings(evictions) - self.anchors.reanchorings(written)
 
     # -- what vLLM calls --------------------------------------------------------------------

@@ -9,7 +9,8 @@ from vllm.v1.request import Request
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.plan import PageMove
-from sink_vllm.schedule import RopeAnchors
+from sink_vllm.request_options import RequestPolicy
+from sink_vllm.schedule import EvictionPages, Schedule
 from sink_vllm.scheduler.hashing import PageHasher
 from sink_vllm.scheduler.manager import PageChange, StreamingLLMManager
 from sink_vllm.scheduler.stream import Stream, compact, show
@@ -31,13 +32,9 @@ class Recycler:
     ) -> None:
         """``hash_function`` hashes pages for the prefix cache; ``None`` when caching is off."""
         self.config = config
-        self.schedule = config.schedule
         self.manager = manager
-        self.anchors = RopeAnchors.of(config.schedule, manager.spec.rope_rows)
         self.hasher = (
-            PageHasher(config.schedule, manager.block_size, hash_function)
-            if hash_function is not None
-            else None
+            PageHasher(manager.block_size, hash_function) if hash_function is not None else None
         )
         self.streams: dict[str, Stream] = {}
         self.stats = StreamingLLMStats()
@@ -56,16 +53,17 @@ class Recycler:
         In ``truncate`` mode it sees the survivors of the schedule instead, an ordinary dense
         prompt, and what the schedule would have evicted is never computed.
         """
-        stream = Stream()
+        schedule = self._schedule_of(request)
+        stream = Stream(schedule)
         self.streams[request.request_id] = stream
-        length, limit = request.num_prompt_tokens, self.config.max_model_len
-        if length > self.schedule.capacity:
+        length, limit = request.num_prompt_tokens, schedule.capacity + 1
+        if length > schedule.capacity:
             assert request.prompt_token_ids is not None  # embeddings are refused in the front end
             tokens = request.prompt_token_ids
             if self.config.sink_prompt == "truncate":
-                stream.evicted = self.schedule.evicted(length)
-                stream.evictions = self.schedule.evictions(length)
-                cached = [tokens[p] for p in self.schedule.cached_positions(length)]
+                stream.evicted = schedule.evicted(length)
+                stream.evictions = schedule.evictions(length)
+                cached = [tokens[p] for p in schedule.cached_positions(length)]
                 show(request, stream, cached, (), limit)
             else:
                 show(request, stream, (), tokens, limit)
@@ -76,6 +74,12 @@ class Recycler:
                 self._account(request.request_id, stream, stream.evictions)
         if self.hasher is not None:
             self.hasher.install(request, stream)
+
+    def _schedule_of(self, request: Request) -> Schedule:
+        """The server's schedule, or what the request asks for (checked by the front end)."""
+        params = request.sampling_params
+        extra_args = params.extra_args if params is not None else None
+        return RequestPolicy.parse(extra_args, self.config) or self.config.schedule
 
     def close(self, request: Request) -> dict[str, int] | None:
         """Forget a request that ended; returns its account if it evicted anything."""
@@ -102,7 +106,7 @@ class Recycler:
 
     def is_full(self, request: Request) -> bool:
         """Whether the cache is full, one more token must be computed, and none is in flight."""
-        capacity = self.schedule.capacity
+        capacity = self.streams[request.request_id].schedule.capacity
         return (
             request.num_computed_tokens == capacity
             and request.num_in_flight_tokens == 0
@@ -113,27 +117,29 @@ class Recycler:
         """Drop ``g`` tokens of a full stream; False, and nothing changed, when pages are short."""
         stream = self.streams[request.request_id]
         evictions = stream.chain_evictions + 1
-        reanchor = self.anchors.reanchorings(evictions) > self.anchors.reanchorings(evictions - 1)
+        anchors = self.manager.anchors
+        reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
         change = self.manager.evict(
             request.request_id,
-            window_delta=-self.anchors.span if reanchor else 0,
-            sink_delta=self.anchors.offset(evictions),
+            stream.schedule,
+            window_delta=-anchors.span if reanchor else 0,
+            sink_delta=anchors.offset(evictions),
         )
         if change is None:
             return False
         self._apply(request, change)
-        compact(request, stream, self.schedule)
+        compact(request, stream)
         if self.hasher is not None:
-            self._evict_hashes(request)
+            self._evict_hashes(request, stream.schedule)
         stream.reanchorings += reanchor
         self.stats.reanchorings += reanchor
         self._account(request.request_id, stream, 1)
         return True
 
-    def _evict_hashes(self, request: Request) -> None:
+    def _evict_hashes(self, request: Request, schedule: Schedule) -> None:
         assert self.hasher is not None
-        if self.hasher.chain_survives_eviction:
-            pages = self.manager.pages
+        if self.hasher.survives_eviction(schedule):
+            pages = EvictionPages.of(schedule, self.manager.block_size)
             del request.block_hashes[pages.sink_full : pages.sink_full + pages.dropped]
             request.update_block_hashes()
         else:
@@ -159,26 +165,29 @@ class Recycler:
         tokens, stream.prompt = stream.prompt, None
         assert tokens is not None
         assert self.hasher is not None
-        hashes = self.hasher.hashes(request, tokens, 0, None)
-        boundary = self.manager.find_resume(hashes, (len(tokens) - 1) // self.manager.block_size)
+        schedule, block_size = stream.schedule, self.manager.block_size
+        hashes = self.hasher.hashes(request, schedule, tokens)
+        boundary = self.manager.find_resume(schedule, hashes, (len(tokens) - 1) // block_size)
         change = None
         if boundary is not None:
-            change = self.manager.resume(request.request_id, hashes, boundary, reserved_pages)
+            change = self.manager.resume(
+                request.request_id, schedule, hashes, boundary, reserved_pages
+            )
         if boundary is None or change is None:
             self._account(request.request_id, stream, stream.evictions)
             return False
-        computed = boundary * self.manager.block_size
-        evictions = self.manager.evictions_at(boundary)
+        computed = boundary * block_size
+        evictions = self.manager.evictions_at(schedule, boundary)
         stream.evictions = stream.chain_evictions = evictions
-        stream.evicted = stream.evicted_from_chain = evictions * self.schedule.stride
-        stream.reanchorings = self.anchors.reanchorings(evictions)
+        stream.evicted = stream.evicted_from_chain = evictions * schedule.stride
+        stream.reanchorings = self.manager.anchors.reanchorings(evictions)
         stream.last_hash = hashes[boundary - 1]
         stream.dirty = True
-        cached = [tokens[p] for p in self.schedule.cached_positions(computed + 1) if p < computed]
-        show(request, stream, cached, tokens[computed:], self.config.max_model_len)
+        cached = [tokens[p] for p in schedule.cached_positions(computed + 1) if p < computed]
+        show(request, stream, cached, tokens[computed:], schedule.capacity + 1)
         request.num_computed_tokens = len(cached)
-        first = self.manager.pages.sink_full
-        kept = first + stream.evicted // self.manager.block_size
+        first = EvictionPages.of(schedule, block_size).sink_full
+        kept = first + stream.evicted // block_size
         request.block_hashes[:] = [*hashes[:first], *hashes[kept:boundary]]
         request.update_block_hashes()
         if request.prefill_stats is not None:
@@ -221,5 +230,5 @@ class Recycler:
             return
         self.stats.streams += stream.evictions == evictions
         self.stats.evictions += evictions
-        self.stats.tokens += evictions * self.schedule.stride
+        self.stats.tokens += evictions * stream.schedule.stride
         self.report_due.add(request_id)

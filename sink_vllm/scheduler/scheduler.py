@@ -47,7 +47,6 @@ class StreamingLLMMixin(Scheduler):
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, StreamingLLMManager)
         cache_config = self.vllm_config.cache_config
-        self.capacity = config.capacity
         self.recycler = Recycler(
             config,
             manager,
@@ -58,6 +57,7 @@ class StreamingLLMMixin(Scheduler):
         # The block manager keeps C + 1; what must not see that limit is the stop check. Chunks
         # are capped by `_reserve_prefill_lookahead` below.
         self.max_model_len = _NO_LENGTH_LIMIT
+        self._stride_pages = config.schedule.stride // manager.block_size
         self._resent: list[NewRequestData] = []
         self._log_start(config)
 
@@ -151,9 +151,7 @@ class StreamingLLMMixin(Scheduler):
             if (
                 request.request_id in self.recycler.unresolved
                 and request.status == RequestStatus.WAITING
-                and self.recycler.resume(
-                    request, len(self.kv_holding_waiting) * self.recycler.manager.pages.dropped
-                )
+                and self.recycler.resume(request, len(self.kv_holding_waiting) * self._stride_pages)
             ):
                 self.waiting.remove_request(request)
                 self.deferred_waiting.discard(request)
@@ -185,7 +183,7 @@ class StreamingLLMMixin(Scheduler):
     def _resent_state(self, req_id: str) -> Resent:
         stream = self.recycler.streams[req_id]
         return Resent(
-            rope_offset=self.recycler.anchors.offset(stream.chain_evictions),
+            rope_offset=self.recycler.manager.anchors.offset(stream.chain_evictions),
             evicted=stream.evicted,
             output_token_ids=list(self.requests[req_id]._output_token_ids),
         )
@@ -226,6 +224,9 @@ class StreamingLLMMixin(Scheduler):
 
     # -- limits -----------------------------------------------------------------------------
 
+    def _capacity_of(self, request: Request) -> int:
+        return self.recycler.streams[request.request_id].schedule.capacity
+
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
@@ -237,7 +238,7 @@ class StreamingLLMMixin(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        return max(min(num_new_tokens, self.capacity - num_computed_tokens), 0)
+        return max(min(num_new_tokens, self._capacity_of(request) - num_computed_tokens), 0)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Leave at least one token below the capacity to compute.
@@ -246,8 +247,9 @@ class StreamingLLMMixin(Scheduler):
         waiting loop stops for good at a request it cannot give a token.
         """
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        if num_tokens >= self.capacity:
-            num_tokens = (self.capacity - 1) // self.block_size * self.block_size
+        capacity = self._capacity_of(request)
+        if num_tokens >= capacity:
+            num_tokens = (capacity - 1) // self.block_size * self.block_size
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
         return blocks, num_tokens, boundary, diverged
 

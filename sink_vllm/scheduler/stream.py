@@ -17,6 +17,7 @@ from sink_vllm.schedule import Schedule
 class Stream:
     """What the scheduler knows of a request beyond its cache; all counts in tokens."""
 
+    schedule: Schedule
     pending: array[int] = field(default_factory=lambda: array("i"))
     """Prompt tokens the engine has not seen yet, last one first."""
     prompt: array[int] | None = None
@@ -62,12 +63,13 @@ def show(
     request._all_token_ids[:] = visible
 
 
-def compact(request: Request, stream: Stream, schedule: Schedule) -> None:
+def compact(request: Request, stream: Stream) -> None:
     """Drop the ``g`` tokens after the sinks from ``request``, and let pending prompt tokens in.
 
     Counters that vLLM compares with the lengths of the token lists shrink with them, so that the
     client's own limits (``max_tokens``, ``min_tokens``) keep their meaning.
     """
+    schedule = stream.schedule
     assert request.prompt_token_ids is not None
     begin, end = schedule.sink_tokens, schedule.sink_tokens + schedule.stride
     num_prompt = request.num_prompt_tokens

@@ -23,6 +23,7 @@ class StreamingLLMGPUWorker(Worker):
     """vLLM's GPU worker with a model runner that moves pages and offsets positions."""
 
     def _make_model_runner(self) -> Any:
+        assert self.device is not None  # vLLM calls this at the end of init_device
         cls = (
             StreamingLLMGPUModelRunnerV2 if self.use_v2_model_runner else StreamingLLMGPUModelRunner
         )

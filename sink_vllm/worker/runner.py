@@ -1,6 +1,6 @@
 """What the mixins of both model runners share: layers, KV cache specs, the mover of pages."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
@@ -11,13 +11,8 @@ from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
 from sink_vllm.worker.rope_table import TABLE_CAPACITIES, extend_rope_tables
 
-if TYPE_CHECKING:
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    # Both runners offer what is used here; type checkers see the first.
-    _Runner = GPUModelRunner
-else:
-    _Runner = object
+# vLLM's two model runners have no common base; what the mixins call, both of them have.
+_Runner: Any = object
 
 
 class StreamingLLMRunner(_Runner):
