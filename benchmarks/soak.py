@@ -173,7 +173,7 @@ def main() -> int:
     stop_on_terminate()
     try:
         return 0 if run(options) else 1
-    except (SoakError, ServerError, openai.OpenAIError, OSError) as error:
+    except (SoakError, ServerError, OSError) as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
 

@@ -2,7 +2,8 @@
 
 Starts `vllm serve` with the repository's small model and `--kv-policy sink`, sends a prompt
 several times longer than the context the model was trained for, streams at least twenty times
-that context through the OpenAI API, and shows what it costs while it runs.
+that context through the OpenAI API, and shows what it costs while it runs. The stream would never
+end: the client stops listening.
 
     python -m examples.demo [--model DIR] [--times 20] [-- any further vllm serve options]
 """
@@ -13,8 +14,9 @@ import random
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -101,57 +103,55 @@ def long_prompt(context: int) -> str:
     return source[: round(PROMPT_CONTEXTS * context * CHARACTERS_PER_TOKEN)]
 
 
-def completion(server: Server, prompt: str, tokens: int, seed: int) -> Iterator[Chunk]:
-    """``tokens`` tokens after ``prompt``, as they arrive from `/v1/completions`."""
+def completion(server: Server, prompt: str) -> Generator[Chunk, None, None]:
+    """What follows ``prompt``, as it arrives from `/v1/completions`, for as long as one listens."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    answer = client.completions.create(
+    with client.completions.create(
         model="demo",
         prompt=prompt,
-        max_tokens=tokens,
-        temperature=0.8,
+        max_tokens=1_000_000_000,
+        temperature=1.0,
         top_p=0.95,
-        seed=seed,
         stream=True,
         # vLLM's extensions: token counts in every piece, and no end before max_tokens.
         extra_body={
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "ignore_eos": True,
         },
-    )
-    for part in answer:
-        if part.usage is not None:
-            text = part.choices[0].text if part.choices else ""
-            yield Chunk(text, part.usage.prompt_tokens, part.usage.completion_tokens)
+    ) as answer:
+        for part in answer:
+            if part.usage is not None:
+                text = part.choices[0].text if part.choices else ""
+                yield Chunk(text, part.usage.prompt_tokens, part.usage.completion_tokens)
 
 
-def watch(server: Server, context: int, goal: int, seed: int) -> tuple[list[Sample], str]:
-    """Stream ``goal`` tokens; returns a sample per second and the end of the text."""
+def watch(server: Server, context: int, goal: int) -> tuple[list[Sample], str]:
+    """Listen for ``goal`` tokens; returns a sample per second and the end of the text."""
     status, samples, tail = Status(), list[Sample](), ""
     sent = time.monotonic()
-    first, seconds, tokens = 0.0, 0.0, 0
-    for chunk in completion(server, long_prompt(context), goal, seed):
-        now = time.monotonic()
-        if not first:
-            first = now
-            if chunk.prompt_tokens < 2 * context:
-                raise DemoError(f"the prompt has only {chunk.prompt_tokens} tokens")
-            ratio = chunk.prompt_tokens / context
-            print(
-                f"  prompt of {chunk.prompt_tokens:,} tokens, {ratio:.1f} x the trained context "
-                f"of {context}: first token after {now - sent:.1f} s"
-            )
-        tail = (tail + chunk.text)[-TAIL_CHARACTERS:]
-        if now - first > 1 + (samples[-1].seconds if samples else 0):
-            sample = Sample.take(server, now - first, chunk.tokens)
-            status.show(sample.line(samples[-1] if samples else None, goal))
-            samples.append(sample)
-        tokens, seconds = chunk.tokens, now - first
-    if not samples or tokens < goal:
-        raise DemoError(f"the stream ended after {tokens} of {goal} tokens")
-    # The engine has freed the stream's pages by now: the last count of them is the one before.
-    end = replace(Sample.take(server, seconds, tokens), kv_pages=samples[-1].kv_pages)
-    status.end(end.line(None, goal))
-    return [*samples, end], tail
+    first = 0.0
+    with closing(completion(server, long_prompt(context))) as chunks:
+        for chunk in chunks:
+            now = time.monotonic()
+            if not first:
+                first = now
+                if chunk.prompt_tokens < 2 * context:
+                    raise DemoError(f"the prompt has only {chunk.prompt_tokens} tokens")
+                ratio = chunk.prompt_tokens / context
+                print(
+                    f"  prompt of {chunk.prompt_tokens:,} tokens, {ratio:.1f} x the trained "
+                    f"context of {context}: first token after {now - sent:.1f} s"
+                )
+            tail = (tail + chunk.text)[-TAIL_CHARACTERS:]
+            last = chunk.tokens >= goal
+            if last or now - first > 1 + (samples[-1].seconds if samples else 0):
+                sample = Sample.take(server, now - first, chunk.tokens)
+                recent = next((old for old in samples if sample.seconds - old.seconds < 10), None)
+                (status.end if last else status.show)(sample.line(recent, goal))
+                samples.append(sample)
+            if last:
+                return samples, tail
+    raise DemoError(f"the stream ended before {goal} tokens")
 
 
 def summary(samples: list[Sample], context: int) -> str:
@@ -163,12 +163,13 @@ def summary(samples: list[Sample], context: int) -> str:
     last = samples[-1]
     if last.evictions == 0:
         raise DemoError("nothing was evicted: --kv-policy sink was not at work")
-    pages = {sample.kv_pages for sample in samples}
+    pages = sorted({sample.kv_pages for sample in samples})
+    pages_text = f"{pages[0]}" if len(pages) == 1 else f"{pages[0]} to {pages[-1]}"
     return (
         f"{last.tokens:,} tokens, {last.tokens / context:.0f} x the trained context, in "
         f"{last.seconds:.0f} s ({last.tokens / last.seconds:.0f} tokens/s); "
         f"{last.evictions:,} evictions of {last.evicted_tokens:,} tokens; "
-        f"{min(pages)} to {max(pages)} KV pages; "
+        f"{pages_text} KV pages from beginning to end; "
         f"RSS {samples[0].rss / 1e9:.2f} GB after {samples[0].tokens:,} tokens, "
         f"{last.rss / 1e9:.2f} GB at the end"
     )
@@ -185,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
         status = Status()
         server.wait(lambda waited: status.show(f"  starting, {waited:.0f} s"))
         status.end(f"  serving at {server.url}/v1")
-        samples, tail = watch(server, context, options.times * context, options.seed)
+        samples, tail = watch(server, context, options.times * context)
         print("  stopping the server", flush=True)
     print(f"\nThe end of the text:\n\n{textwrap.indent(tail, '  | ', lambda line: True)}\n")
     print(summary(samples, context))
@@ -198,13 +199,12 @@ def main() -> int:
     parser.add_argument(
         "--times", type=int, default=20, help="tokens to stream, in trained contexts (default 20)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("serve", nargs="*", help="further options of `vllm serve`, after --")
     options = parser.parse_args()
     stop_on_terminate()
     try:
         run(options)
-    except (DemoError, ServerError, openai.OpenAIError, OSError) as error:
+    except (DemoError, ServerError, OSError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import openai
 import psutil
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -73,6 +74,8 @@ class Metrics:
 class Server:
     """`vllm serve` on a free port, as a context manager that leaves no process behind.
 
+    What the OpenAI client raises inside leaves as a ServerError that quotes the server's log.
+
     Args:
         arguments: what follows `vllm serve`, without host and port.
         environment: variables on top of the caller's and of :data:`ENVIRONMENT`.
@@ -119,6 +122,8 @@ class Server:
     ) -> None:
         self.stop()
         self._log.close()
+        if isinstance(error, openai.OpenAIError):
+            raise ServerError(f"{error}{self.log_tail()}") from error
         if kind is None:
             self.log.unlink(missing_ok=True)
 
