@@ -60,7 +60,7 @@ class StreamingLLMSpec(FullAttentionSpec):
         return self.pages_per_stream * self.page_size_bytes
 
     @classmethod
-    def merge(cls, specs: list[StreamingLLMSpec]) -> StreamingLLMSpec:  # type: ignore[override]
+    def merge(cls, specs: list[StreamingLLMSpec]) -> StreamingLLMSpec:
         """One spec for the layers of a group; they share the policy, and rows of the shortest."""
         base = FullAttentionSpec.merge(list(specs))
         rows = [spec.rope_rows for spec in specs if spec.rope_rows is not None]
