@@ -13,14 +13,26 @@ from typing import Any, Literal
 from sink_vllm.schedule import Schedule
 
 POLICY_KEY = "kv_policy"
-OPTION_KEYS = (POLICY_KEY, "sink_tokens", "sink_window", "sink_stride", "sink_prompt")
+OPTION_KEYS = (
+    POLICY_KEY,
+    "sink_tokens",
+    "sink_window",
+    "sink_stride",
+    "sink_prompt",
+    "sink_pin",
+    "sink_streams",
+    "sink_streams_idle",
+    "sink_streams_tokens",
+)
 POLICIES = ("full", "sink")
 PROMPT_MODES = ("stream", "truncate")
+PIN_MODES = ("none", "system")
 DEFAULT_SINK_TOKENS = 4
 _STRIDE_SHARE = 16  # default stride: a sixteenth of the capacity, in whole blocks, ...
 _STRIDE_CAP = 256  # ... but not more: a longer stride saves nothing measurable
 
 PromptMode = Literal["stream", "truncate"]
+PinMode = Literal["none", "system"]
 
 
 def _default_stride(basis: int, block_size: int) -> int:
@@ -52,6 +64,13 @@ class SinkOptions:
     sink_window: int | None = None
     sink_stride: int | None = None
     sink_prompt: PromptMode = "stream"
+    sink_pin: PinMode = "none"
+    sink_streams: int = 256
+    """Streams that ``/v1/streams`` remembers at once."""
+    sink_streams_idle: int = 3600
+    """Seconds after which it forgets a stream nobody appends to."""
+    sink_streams_tokens: int = 2**26
+    """Tokens it remembers of all streams together, four bytes each."""
 
     @classmethod
     def parse(cls, additional_config: object) -> "SinkOptions | None":
@@ -92,22 +111,32 @@ class SinkOptions:
         return None
 
     def __post_init__(self) -> None:
-        for key, least in (("sink_tokens", 0), ("sink_window", 1), ("sink_stride", 1)):
+        for key, least, unit in (
+            ("sink_tokens", 0, "tokens"),
+            ("sink_window", 1, "tokens"),
+            ("sink_stride", 1, "tokens"),
+            ("sink_streams", 1, "streams"),
+            ("sink_streams_idle", 1, "seconds"),
+            ("sink_streams_tokens", 1, "tokens"),
+        ):
             value = getattr(self, key)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(
                     f"{flag(key)}={value!r} is a {type(value).__name__}; use a whole number of "
-                    f"tokens, {least} or more."
+                    f"{unit}, {least} or more."
                 )
             if value < least:
-                raise ValueError(f"{flag(key)}={value} is too small; use {least} or more (tokens).")
-        if self.sink_prompt not in PROMPT_MODES:
-            raise ValueError(
-                f"{flag('sink_prompt')}={self.sink_prompt!r} is not a prompt mode; use one of "
-                f"{', '.join(PROMPT_MODES)}."
-            )
+                raise ValueError(f"{flag(key)}={value} is too small; use {least} or more ({unit}).")
+        for key, modes, what in (
+            ("sink_prompt", PROMPT_MODES, "prompt mode"),
+            ("sink_pin", PIN_MODES, "pin"),
+        ):
+            if (mode := getattr(self, key)) not in modes:
+                raise ValueError(
+                    f"{flag(key)}={mode!r} is not a {what}; use one of {', '.join(modes)}."
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +146,7 @@ class SinkConfig:
     schedule: Schedule
     block_size: int
     sink_prompt: PromptMode = "stream"
+    sink_pin: PinMode = "none"
 
     @property
     def capacity(self) -> int:
@@ -135,6 +165,7 @@ class SinkConfig:
             "sink_window": self.schedule.window,
             "sink_stride": self.schedule.stride,
             "sink_prompt": self.sink_prompt,
+            "sink_pin": self.sink_pin,
         }
 
     @classmethod
@@ -195,6 +226,7 @@ class SinkConfig:
             schedule=Schedule(sink_tokens=sinks, window=window, stride=stride),
             block_size=block_size,
             sink_prompt=options.sink_prompt,
+            sink_pin=options.sink_pin,
         )
 
     @classmethod
@@ -220,4 +252,5 @@ class SinkConfig:
             ),
             block_size=vllm_config.cache_config.block_size,
             sink_prompt=options.sink_prompt,
+            sink_pin=options.sink_pin,
         )

@@ -14,6 +14,8 @@ PATCHING_MODULES = (
     "sink_vllm.frontend.clients",
     "sink_vllm.frontend.lengths",
     "sink_vllm.frontend.requests",
+    "sink_vllm.frontend.request_options",
+    "sink_vllm.frontend.pin",
     "sink_vllm.frontend.streams",
 )
 

@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sink_vllm.config import POLICIES, POLICY_KEY, SinkConfig, flag
+from sink_vllm.config import PIN_MODES, POLICIES, POLICY_KEY, SinkConfig, flag
 from sink_vllm.schedule import Schedule, pages_per_stream
 
 TOKENS_KEY = "sink_tokens"
 WINDOW_KEY = "sink_window"
 PIN_KEY = "sink_pin"
-PIN_MODES = ("none", "system")
 REQUEST_KEYS = (POLICY_KEY, TOKENS_KEY, WINDOW_KEY, PIN_KEY)
 SCHEDULE_KEYS = (POLICY_KEY, TOKENS_KEY, WINDOW_KEY)
 """What the engine gets to see: a pin has become a number of sink tokens by then."""
@@ -177,6 +176,30 @@ def check_pin(options: Mapping[str, Any]) -> None:
             f"sink_pin='system' and sink_tokens={options[TOKENS_KEY]!r} both choose the sink "
             "tokens; drop one of them."
         )
+
+
+def pinned_sink_tokens(pinned: int, extra_args: Mapping[str, Any], config: SinkConfig) -> int:
+    """Sink tokens of a request whose system message ends after ``pinned`` tokens of its prompt.
+
+    Never fewer than the server's own.
+
+    Raises:
+        ValueError: the options contradict each other, or the message does not fit; it is never
+            cut.
+    """
+    check_pin(extra_args)
+    window = extra_args.get(WINDOW_KEY)
+    asked = window if isinstance(window, int) else 0  # other types are refused where it is read
+    most = min(most_sink_tokens(config), config.capacity - config.schedule.stride - asked)
+    if pinned > max(most, config.schedule.sink_tokens):
+        raise ValueError(
+            f"sink_pin='system': the prompt's first {pinned} tokens, up to the end of the system "
+            f"message, cannot all be sink tokens, because the server's capacity of "
+            f"{config.capacity} tokens has room for {most} beside a window of at least "
+            f"{max(asked, minimum_window(config))} and a stride of {config.schedule.stride}; "
+            "shorten the system message, or use sink_pin='none'."
+        )
+    return max(pinned, config.schedule.sink_tokens)
 
 
 def check_pages(schedule: Schedule, block_size: int, pool_pages: int) -> None:

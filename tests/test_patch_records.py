@@ -35,10 +35,10 @@ def test_records_are_the_declared_patches() -> None:
     assert sorted({path.stem for path in RECORDS}) == sorted(set(_names(declared_patches())))
 
 
-def test_numbers_of_records_are_unique_and_without_gaps() -> None:
-    numbers = [int(path.stem[:4]) for path in RECORDS]
+def test_numbers_of_records_are_unique() -> None:
+    numbers = [path.stem[:4] for path in RECORDS]
 
-    assert numbers == list(range(1, len(RECORDS) + 1))
+    assert len(numbers) == len(set(numbers))
 
 
 @pytest.mark.parametrize("patch", declared_patches(), ids=lambda p: p.target)

@@ -17,6 +17,7 @@ from typing import Any
 from sink_vllm.config import (
     DEFAULT_SINK_TOKENS,
     OPTION_KEYS,
+    PIN_MODES,
     POLICIES,
     POLICY_KEY,
     PROMPT_MODES,
@@ -67,6 +68,30 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "of it, evicting on the way. 'truncate' skips computing the tokens that would be "
         "evicted: faster, and the tokens that are kept have not seen the skipped ones. "
         "Default: stream.",
+    },
+    "sink_pin": {
+        "choices": PIN_MODES,
+        "help": "What else is never evicted. 'system': all tokens up to the end of the first "
+        "system message of a chat are its sink tokens (never fewer than --sink-tokens). "
+        "Default: none.",
+    },
+    "sink_streams": {
+        "type": int,
+        "metavar": "STREAMS",
+        "help": "Most streams that /v1/streams remembers at once; the least recently used one "
+        "is forgotten first. The endpoint is loaded when VLLM_PLUGINS names sink_vllm. "
+        "Default: 256.",
+    },
+    "sink_streams_idle": {
+        "type": int,
+        "metavar": "SECONDS",
+        "help": "After how many seconds without use /v1/streams forgets a stream. Default: 3600.",
+    },
+    "sink_streams_tokens": {
+        "type": int,
+        "metavar": "TOKENS",
+        "help": "Most tokens that /v1/streams remembers of all its streams together, at four "
+        "bytes each; the least recently used stream is forgotten first. Default: 67108864.",
     },
 }
 

@@ -5,11 +5,13 @@ only beam search is made of many small requests and is refused where it starts. 
 requested at all without an option of the server is refused at start-up instead (``gate.py``).
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.frontend.lengths import FRONT_MAX, policy_of
+from sink_vllm.frontend.request_options import PINNED_KEY, apply_options, refuse_options
 from sink_vllm.patching import Patch
 
 if TYPE_CHECKING:
@@ -61,11 +63,20 @@ BEAM_SEARCH = (
 def _wrap_process_inputs(
     original: Callable[..., "EngineCoreRequest"],
 ) -> Callable[..., "EngineCoreRequest"]:
+    signature = inspect.signature(original)
+
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> "EngineCoreRequest":
         request = original(self, *args, **kwargs)
-        policy = policy_of(self.vllm_config)
-        if policy is not None and request.sampling_params is not None:
-            check_request(request, request.sampling_params, policy)
+        params = request.sampling_params
+        if params is None:
+            return request
+        if policy_of(self.vllm_config) is None:
+            refuse_options(params.extra_args)
+            return request
+        prompt = signature.bind(self, *args, **kwargs).arguments["prompt"]
+        pinned = prompt.get(PINNED_KEY) if isinstance(prompt, dict) else None
+        rendered = {"prompt_token_ids": request.prompt_token_ids, PINNED_KEY: pinned}
+        check_request(request, params, apply_options(params, rendered, self.vllm_config))
         return request
 
     return process_inputs
