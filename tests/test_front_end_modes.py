@@ -108,7 +108,8 @@ def test_counters(llm: LLM) -> None:
     """``LLM`` has them too, for ``llm.get_metrics`` style readers of the Prometheus registry."""
     from prometheus_client import REGISTRY
 
-    labels = {"model_name": llm.llm_engine.model_config.served_model_name, "engine": "0"}
+    model_name = str(llm.llm_engine.model_config.served_model_name)
+    labels = {"model_name": model_name, "engine": "0"}
     before = REGISTRY.get_sample_value("sink_vllm:evicted_tokens_total", labels)
     assert before is not None
 
