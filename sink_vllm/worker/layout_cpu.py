@@ -61,13 +61,15 @@ class CPUKeyPages(KeyPages):
         count = pages.shape[0] * pages.shape[1]
         if self._slots.shape[0] < count:
             self._slots = torch.arange(count * self._tokens).view(count, self._tokens)
-        slots = self._slots[:count, begin:end].reshape(-1)
+        # The op reads slots and values as dense memory, and `reshape` leaves views of one token
+        # per page strided.
+        slots = self._slots[:count, begin:end].reshape(-1).contiguous()
         shape = (slots.shape[0], self._heads, self._head_size)
         parts = pages.view(count, self._heads, 2 * self._tokens, self._head_size)
         key_half, value_half = parts.chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(
             keys.to(self._dtype).view(shape),
-            values.reshape(shape),
+            values.reshape(shape).contiguous(),
             key_half,
             value_half,
             slots,
