@@ -124,7 +124,7 @@ class Server:
         self._log.close()
         if isinstance(error, openai.OpenAIError):
             raise ServerError(f"{error}{self.log_tail()}") from error
-        if kind is None:
+        if not isinstance(error, Exception):  # nothing went wrong, or the user pressed Ctrl-C
             self.log.unlink(missing_ok=True)
 
     def wait(self, progress: Callable[[float], None], limit: float = 600) -> None:
