@@ -113,19 +113,24 @@ def test_streaming_input_sessions(process: Process, stock_process: Process) -> N
 
 
 @pytest.mark.parametrize(
-    ("fields", "trace"),
-    [({"prompt_embeds": [1]}, None), ({"mm_features": [1]}, None), ({}, [1, 2])],
-    ids=["prompt embeddings", "multimodal", "trace replay"],
+    ("fields", "sampling"),
+    [
+        ({"prompt_embeds": [1]}, {}),
+        ({"mm_features": [1]}, {}),
+        ({}, {"trace_decode_token_ids": [1, 2]}),
+        ({}, {"thinking_token_budget": 5}),
+    ],
+    ids=["prompt embeddings", "multimodal", "trace replay", "thinking budget"],
 )
 def test_what_only_servers_with_an_option_accept(
-    fields: dict[str, Any], trace: list[int] | None
+    fields: dict[str, Any], sampling: dict[str, Any]
 ) -> None:
     """The options are refused at start-up; a second line of defence."""
     nothing = {"prompt_embeds": None, "mm_features": None, "resumable": False}
     request: Any = SimpleNamespace(**{**nothing, **fields}, prompt_token_ids=[1])
     policy: Any = SimpleNamespace(capacity=CAPACITY)
 
-    params = SamplingParams(trace_decode_token_ids=trace)
+    params = SamplingParams(**sampling)
 
     assert len([rule for rule, _, _ in REFUSALS if rule(request, params, policy)]) == 1
 

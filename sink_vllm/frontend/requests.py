@@ -46,6 +46,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "trace replay is not supported with --kv-policy sink; leave it out",
     ),
     (
+        # The worker finds the start of the thinking in the request's tokens; evictions drop it.
+        lambda _request, params, _policy: params.thinking_token_budget is not None,
+        "thinking_token_budget",
+        "a thinking budget cannot be counted over evicted tokens with --kv-policy sink; leave it "
+        "out, or bound the answer with max_tokens",
+    ),
+    (
         lambda request, _params, _policy: request.resumable,
         "resumable",
         "streaming input sessions are not supported with --kv-policy sink yet; resend the "
