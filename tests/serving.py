@@ -41,7 +41,9 @@ class Client:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.http = httpx.Client(base_url=server.url, timeout=300)
+        # A connection per request: kept ones may be closed by the server just when they are used.
+        no_reuse = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=server.url, timeout=300, limits=no_reuse)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json={**GREEDY, **body})
