@@ -21,6 +21,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_vllm.worker.rotation import Rotation
+from sink_vllm.worker.rotation_transformers import TransformersRotation, is_transformers_rotary
 
 # The last two are rotary modules of vLLM that do not derive from its base class.
 _ROTARY = (RotaryEmbeddingBase, DualChunkRotaryEmbedding, Phi3LongRoPEScaledRotaryEmbedding)
@@ -58,7 +59,11 @@ def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[Attentio
     for name, module in _cached(vllm_config):
         rotary = _rotary_above(model, paths.get(id(module), ""), name)
         if rotary is not None and id(rotary) not in rotations:
-            rotations[id(rotary)] = Rotation(rotary, name)
+            rotations[id(rotary)] = (
+                TransformersRotation(rotary, name, module.head_size)
+                if is_transformers_rotary(rotary)
+                else Rotation(rotary, name)
+            )
         rotation = None if rotary is None else rotations[id(rotary)]
         layers.append(AttentionLayer(name, module, rotation))
     return layers
@@ -87,7 +92,11 @@ def _rotary_above(model: nn.Module, path: str, name: str) -> nn.Module | None:
     while path:
         path = path.rpartition(".")[0]
         owner = model.get_submodule(path)
-        owned = [child for child in owner.children() if isinstance(child, _ROTARY)]
+        owned = [
+            child
+            for child in owner.children()
+            if isinstance(child, _ROTARY) or is_transformers_rotary(child)
+        ]
         if len(owned) > 1:
             kinds = ", ".join(type(rotary).__name__ for rotary in owned)
             raise ValueError(

@@ -3,7 +3,7 @@
     layers = attention_layers(model, vllm_config)        once the model is loaded
     mover = PageMover(layers, block_size)                any time; reads the caches lazily
     mover.run(moves)                                     once per step, before anything writes KV
-    mover.read_slot(page, slot)                          keys and values of one token, per layer
+    mover.read_page(page)                                its keys and values, per layer
 
 The number of tensor operations of a step depends neither on the number of streams nor on the
 number of layers, but on how much is moved: scratch memory is bounded, so large steps go in
@@ -11,7 +11,7 @@ batches of layers (which never depend on each other) and, where no page is both 
 written, of pages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,22 +25,32 @@ from sink_vllm.worker.rotation import Rotation
 
 # Scratch pages of a batch, in bytes. On a CPU they should stay in the second-level cache between
 # reading and writing; on a GPU the batch should be large.
-_SCRATCH_BYTES = {"cpu": 3 << 20}
+_SCRATCH_BYTES = {"cpu": 2 << 20}
 _SCRATCH_BYTES_GPU = 64 << 20
+
+
+KeyPagesFactory = Callable[[AttentionLayer, PageStore], KeyPages]
 
 
 class PageMover:
     """Moves slots between KV pages and rotates their keys; see ``PageMove`` for the contract."""
 
-    def __init__(self, layers: Sequence[AttentionLayer], block_size: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        block_size: int,
+        key_pages: KeyPagesFactory = key_pages_for,
+    ) -> None:
         """
         Args:
             layers: all attention layers of this worker.
             block_size: tokens per page of the scheduler, to which the moves refer. The backend's
                 own pages may be smaller.
+            key_pages: finds the layout of a layer's pages.
         """
         self.layers = list(layers)
         self.block_size = block_size
+        self._key_pages = key_pages
         self._groups: list[_LayerGroup] = []
 
     @classmethod
@@ -59,12 +69,12 @@ class PageMover:
             group.run(moves)
 
     @torch.inference_mode()
-    def read_slot(self, page: int, slot: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Key (float32) and value of one token: ``[heads, head_size]`` each, by layer name."""
+    def read_page(self, page: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys (float32) and values of a page by layer: ``[block_size, heads, head_size]`` each."""
         return {
             layer.name: (keys[i], values[i])
             for group in self._bound_groups()
-            for keys, values in [group.read_slot(page, slot)]
+            for keys, values in [group.read_page(page)]
             for i, layer in enumerate(group.store.layers)
         }
 
@@ -91,16 +101,20 @@ class PageMover:
                     cache.untyped_storage().data_ptr(),
                 )
                 by_kind.setdefault(kind, []).append(layer)
-            self._groups = [_LayerGroup(group, self.block_size) for group in by_kind.values()]
+            self._groups = [
+                _LayerGroup(group, self.block_size, self._key_pages) for group in by_kind.values()
+            ]
         return self._groups
 
 
 class _LayerGroup:
     """Layers whose pages are alike and rotate alike: they are moved by the same operations."""
 
-    def __init__(self, layers: Sequence[AttentionLayer], block_size: int) -> None:
+    def __init__(
+        self, layers: Sequence[AttentionLayer], block_size: int, key_pages: KeyPagesFactory
+    ) -> None:
         self.store = PageStore(layers)
-        self.pages: KeyPages = key_pages_for(layers[0], self.store)
+        self.pages = key_pages(layers[0], self.store)
         self.rotation: Rotation | None = layers[0].rotation
         tokens = self.store.page_shape[1]
         if block_size % tokens:
@@ -144,14 +158,13 @@ class _LayerGroup:
                 scratch[overlay.at] = laid
         self.store.scatter(prepared.pages, first, last, scratch)
 
-    def read_slot(self, page: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[layers, heads, head_size]`` of one token."""
-        kernel_page, kernel_slot = divmod(page * self.split * self.tokens + slot, self.tokens)
-        index = torch.tensor([kernel_page], device=self.store.device)
+    def read_page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[layers, block_size, heads, size]`` of a page of the scheduler."""
+        index = page * self.split + torch.arange(self.split, device=self.store.device)
         scratch = self.store.gather(index, 0, len(self.store.layers), 0)
-        keys = self.pages.read_keys(scratch, kernel_slot, kernel_slot + 1)
-        values = self.pages.read_values(scratch, kernel_slot, kernel_slot + 1)
-        return keys[0, :, 0].clone(), values[0, :, 0].clone()
+        keys = self.pages.read_keys(scratch, 0, self.tokens)
+        values = self.pages.read_values(scratch, 0, self.tokens)
+        return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2).clone()
 
     def clear(self, pages: Sequence[int]) -> None:
         for page in pages:

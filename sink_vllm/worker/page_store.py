@@ -9,9 +9,13 @@ any pages of any layers are rows of that table::
     LBHNC, LBNHC, BLHNC, BLNHC     one run per page
     LHBNC, BHLNC                   one run per head and page
 
+(Padded blocks need not start at a multiple of a run; then the rows are the longest pieces that
+runs and starts are multiples of.)
+
 Nothing here knows what a page contains; see ``sink_vllm.worker.key_pages``.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,12 +60,9 @@ class PageStore:
         self.page_size = heads * tokens * content
         run = self.page_size // runs
         starts = [int(cache.storage_offset()) for cache in self.caches]
-        places = [*(start - starts[0] for start in starts), strides[0]]
-        places += [strides[1]] if runs > 1 else []
         for layer, cache in zip(self.layers, self.caches, strict=True):
             if (
                 not _dense(run_shape, strides[-len(run_shape) :])
-                or any(place % run for place in places)
                 or (cache.shape, cache.stride(), cache.dtype) != (first.shape, strides, first.dtype)
                 or cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
             ):
@@ -71,11 +72,12 @@ class PageStore:
                     f"VLLM_KV_CACHE_LAYOUT=LBHNC, or serve this model with --kv-policy full."
                 )
         lowest = min(starts)
-        word, self._rows = self._table_of_runs(lowest, run)
-        self._page_step = strides[0] // run
-        bases = torch.tensor([(start - lowest) // run for start in starts])
-        in_page = torch.arange(runs) * (strides[1] // run if runs > 1 else 0)
-        self._bases = (bases[:, None] + in_page).to(self.device)
+        piece = math.gcd(run, strides[0], strides[1] * (runs > 1), *(s - lowest for s in starts))
+        word, self._rows = self._table_of_pieces(lowest, piece)
+        self._page_step = strides[0] // piece
+        bases = torch.tensor([(start - lowest) // piece for start in starts])
+        in_page = torch.arange(runs)[:, None] * (strides[1] // piece) + torch.arange(run // piece)
+        self._bases = (bases[:, None] + in_page.view(-1)).to(self.device)
         self._word = word
         self._scratch: list[torch.Tensor] = []
 
@@ -109,7 +111,7 @@ class PageStore:
         )
 
     def _rows_of(self, pages: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Rows of pages in the table of runs: ``[n * layers * runs]``."""
+        """Rows of pages: int64 ``[n * layers * rows per page]``."""
         starts = pages * self._page_step
         return (starts[:, None, None] + self._bases[first:last]).view(-1)
 
@@ -120,19 +122,19 @@ class PageStore:
             self._scratch[slot] = torch.empty(words, dtype=self._word, device=self.device)
         return self._scratch[slot][:words]
 
-    def _table_of_runs(self, lowest: int, run: int) -> tuple[torch.dtype, torch.Tensor]:
-        """The buffer from element ``lowest`` on as ``[runs, words per run]``."""
+    def _table_of_pieces(self, lowest: int, piece: int) -> tuple[torch.dtype, torch.Tensor]:
+        """The buffer from element ``lowest`` on as ``[pieces, words per piece]``."""
         item = self.dtype.itemsize
         storage = self.caches[0].untyped_storage()
         word = next(
             word
             for word in _WORDS
-            if run * item % word.itemsize == 0
+            if piece * item % word.itemsize == 0
             and lowest * item % word.itemsize == 0
             and storage.data_ptr() % word.itemsize == 0
         )
-        words = run * item // word.itemsize
-        count = (storage.nbytes() - lowest * item) // (run * item)
+        words = piece * item // word.itemsize
+        count = (storage.nbytes() - lowest * item) // (piece * item)
         table = torch.empty(0, dtype=word, device=self.device).set_(
             storage, lowest * item // word.itemsize, (count, words), (words, 1)
         )

@@ -98,16 +98,51 @@ class Rotation:
                 f"{', '.join(sorted(known.__name__ for known in _FREQUENCIES))})."
             ) from None
         assert isinstance(rotary, RotaryEmbedding)  # base of every known class
+        self._take(
+            rotary,
+            frequencies,
+            head_size=rotary.head_size,
+            is_neox=rotary.is_neox_style,
+            table_rows=rotary.cos_sin_cache.shape[0],
+        )
+        self._check_table(layer)
+
+    def _take(
+        self,
+        rotary: torch.nn.Module,
+        frequencies: torch.Tensor,
+        *,
+        head_size: int,
+        is_neox: bool,
+        table_rows: int,
+    ) -> None:
         self.rotary = rotary
-        self.rotary_dim: int = rotary.rotary_dim
-        self.head_size: int = rotary.head_size
-        self.is_neox: bool = rotary.is_neox_style
-        self.table_rows: int = rotary.cos_sin_cache.shape[0]
         self.frequencies = frequencies
         """Radians per rope position: float64 ``[rotary_dim / 2]``."""
-        self._check_table(layer)
+        self.rotary_dim = 2 * len(frequencies)
+        self.head_size = head_size
+        self.is_neox = is_neox
+        self.table_rows = table_rows
+        """Rope positions the model can be given."""
         self._rows: dict[int, int] = {}
         self._table = torch.empty(0)
+
+    def extend(self, rows: int) -> None:
+        """Lengthen the module's table to at least ``rows`` rope positions.
+
+        The model's own rows stay bit for bit; new ones are computed in float64 from the module's
+        frequencies, times its magnitude (yarn), and rounded to the table's dtype. Call it before
+        the model is compiled or captured: the table is a buffer of the module.
+        """
+        if self.table_rows >= rows:
+            return
+        table = self.rotary.cos_sin_cache
+        assert isinstance(table, torch.Tensor)
+        positions = torch.arange(self.table_rows, rows, dtype=torch.float64)
+        angles = torch.outer(positions, self.frequencies)
+        more = torch.cat((angles.cos(), angles.sin()), dim=-1) * table[0, 0].double().cpu()
+        self.rotary.cos_sin_cache = torch.cat((table, more.to(table)))
+        self.table_rows = rows
 
     def cos_sin(self, deltas: Sequence[int]) -> torch.Tensor:
         """Rows ``[cos | sin]`` of unit magnitude: float32 ``[len(deltas), rotary_dim]``."""
@@ -160,6 +195,7 @@ class Rotation:
             ValueError: another rotation, or a magnitude that is not constant.
         """
         table = self.rotary.cos_sin_cache
+        assert isinstance(table, torch.Tensor)
         rows = sorted({*range(min(8, self.table_rows)), self.table_rows // 2, self.table_rows - 1})
         cos_sin = table[torch.tensor(rows, device=table.device)].double().cpu()
         magnitude = cos_sin[0, 0]

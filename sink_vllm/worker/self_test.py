@@ -29,7 +29,7 @@ logger = logging.getLogger("vllm.sink_vllm")
 
 _REFERENCE, _SCRATCH = 1, 2  # pages; page 0 is vLLM's null block
 _NEAR = 3  # rope positions of the near delta; the far one is the end of the table
-_Slot = dict[str, tuple[torch.Tensor, torch.Tensor]]
+_Token = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class _Trial:
     """One token at rope positions 0 and ``delta``: key and value of every layer."""
 
     delta: int
-    at_zero: _Slot
-    at_delta: _Slot
-    moved: _Slot
+    at_zero: _Token
+    at_delta: _Token
+    moved: _Token
     """``at_zero`` after a page move with ``delta``."""
 
 
@@ -66,14 +66,16 @@ def self_test(runner: Any, worker: Any = None) -> None:
             f"with page tables of their own, and --kv-policy sink moves pages of one; serve this "
             f"model with --kv-policy full."
         )
+    # CPU attention reads whole pages, and NaN times a weight of zero is still NaN.
+    mover.clear((_REFERENCE, _SCRATCH))
     # All steps first: a rank that raised between them would leave the others waiting.
     trials = _run_trials(runner, runner if worker is None else worker, mover, rope_rows(layers))
     still = [layer for layer in layers if not _rotates(layer, trials)]
     if len(still) == len(layers) and rope_rows(layers) is not None:
         raise ValueError(
             f"{layers[0].name} and all other layers have the same keys at every position, though "
-            f"the model has rotary modules: rope offsets do not reach the model; serve it with "
-            f"--kv-policy full."
+            f"the model has rotary modules: rope offsets do not reach the model, or keys are read "
+            f"from the wrong place; serve it with --kv-policy full."
         )
     for layer in still:
         layer.rotation = None
@@ -97,9 +99,9 @@ def _run_trials(runner: Any, steps: Any, mover: PageMover, rows: int | None) -> 
         for delta in sorted({min(_NEAR, far), far}):
             _run_token(steps, token, page=_REFERENCE, offset=0)
             _run_token(steps, token, page=_SCRATCH, offset=delta)
-            at_zero, at_delta = mover.read_slot(_REFERENCE, 0), mover.read_slot(_SCRATCH, 0)
+            at_zero, at_delta = _first_token(mover, _REFERENCE), _first_token(mover, _SCRATCH)
             mover.run([PageMove(_REFERENCE, _SCRATCH, 0, 1, delta)])
-            trials.append(_Trial(delta, at_zero, at_delta, mover.read_slot(_SCRATCH, 0)))
+            trials.append(_Trial(delta, at_zero, at_delta, _first_token(mover, _SCRATCH)))
     return trials
 
 
@@ -131,13 +133,23 @@ def _run_token(steps: Any, token: int, *, page: int, offset: int) -> None:
     steps.execute_model(finish)
 
 
+def _first_token(mover: PageMover, page: int) -> _Token:
+    """Key and value ``[heads, head_size]`` of slot 0, by layer."""
+    return {name: (keys[0], values[0]) for name, (keys, values) in mover.read_page(page).items()}
+
+
 def _rotates(layer: AttentionLayer, trials: Sequence[_Trial]) -> bool:
     """Whether the layer's keys rotate (``True``) or do not depend on the position.
 
     Raises:
-        ValueError: neither, or its values depend on the position.
+        ValueError: neither, or nothing was written, or its values depend on the position.
     """
     name = layer.name
+    if not all(bool(part.any()) for one in trials for part in one.at_zero[name]):
+        raise ValueError(
+            f"{name}: a token that was run has left only zeros where its key and value should be, "
+            f"so its pages are not laid out as expected; serve this model with --kv-policy full."
+        )
     values = max(_relative(one.at_delta[name][1], one.at_zero[name][1]) for one in trials)
     if not values <= _allowed(layer, 0):
         raise ValueError(
@@ -145,10 +157,7 @@ def _rotates(layer: AttentionLayer, trials: Sequence[_Trial]) -> bool:
             f"the model uses positions in another way than rotating keys; serve it with "
             f"--kv-policy full."
         )
-    if layer.rotation is not None and all(
-        _key_error(layer, one) <= _allowed(layer, one.delta) for one in trials
-    ):
-        return True
+    # First, so that keys read where nothing ever changes do not count as rotated.
     if all(
         _relative(one.at_delta[name][0], one.at_zero[name][0]) <= _allowed(layer, one.delta)
         for one in trials
@@ -159,6 +168,8 @@ def _rotates(layer: AttentionLayer, trials: Sequence[_Trial]) -> bool:
             f"{name}: its keys depend on the position, but no rotary module was found above it; "
             f"serve this model with --kv-policy full."
         )
+    if all(_key_error(layer, one) <= _allowed(layer, one.delta) for one in trials):
+        return True
     error, delta = max((_key_error(layer, one), one.delta) for one in trials)
     raise ValueError(
         f"{name}: keys re-rotated with its {type(layer.rotation.rotary).__name__} by {delta} "
