@@ -3,8 +3,9 @@
     python -m benchmarks.soak [--tokens 100000] [--name NAME] [-- any further vllm serve options]
 
 One stream from `/v1/completions` of a real `vllm serve --kv-policy sink` with the repository's
-model. Every few seconds one row is written: tokens, KV pages in use (vLLM's own gauge), evictions,
-resident memory of every process of the server. What is concluded, and from what:
+model. Every few seconds one row is written: tokens the engine has generated and KV pages in use
+(vLLM's own metrics), evictions, resident memory of every process of the server. What is concluded,
+and from what:
 
 - KV pages: over the last tenth of the stream never more in use than over the tenth right after the
   first eviction (between two evictions the number may move by the pages of one stride);
@@ -21,6 +22,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +40,7 @@ PROMPT = "import os\n\n\ndef main():\n"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The server after ``tokens`` tokens, ``seconds`` after the first one."""
+    """The server after ``tokens`` tokens, ``seconds`` after the request was sent."""
 
     seconds: float
     tokens: int
@@ -51,8 +53,8 @@ class SoakError(Exception):
     """The stream did not do what the benchmark measures."""
 
 
-def tokens_of(server: Server, tokens: int) -> Iterator[int]:
-    """Tokens received so far, after every piece of the stream."""
+def consume(server: Server, tokens: int) -> int:
+    """Read one stream of ``tokens`` tokens to its end; returns the tokens received."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=None)
     stream = client.completions.create(
         model="soak",
@@ -61,29 +63,25 @@ def tokens_of(server: Server, tokens: int) -> Iterator[int]:
         temperature=1.0,
         seed=0,
         stream=True,
-        extra_body={
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "ignore_eos": True,
-        },
+        extra_body={"stream_options": {"include_usage": True}, "ignore_eos": True},
     )
-    for part in stream:
-        if part.choices and part.usage is not None:
-            yield part.usage.completion_tokens
+    received = [part.usage.completion_tokens for part in stream if part.usage is not None]
+    return received[-1]
 
 
 def soak(server: Server, tokens: int, interval: float) -> Iterator[Sample]:
     """Stream, and yield a sample every ``interval`` seconds while the stream is alive."""
-    started = last = 0.0
-    done = 0
-    for done in tokens_of(server, tokens):
-        now = time.monotonic()
-        started = started or now
-        if now - last >= interval and done < tokens:
-            last = now
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(consume, server, tokens)
+        started = time.monotonic()
+        while not wait([client], interval).done:
             metrics = server.metrics()
-            yield Sample(now - started, done, metrics.kv_pages, metrics.evictions, server.rss())
-    if done < tokens:
-        raise SoakError(f"the stream ended after {done} of {tokens} tokens")
+            done = int(metrics.total("vllm:generation_tokens_total"))
+            if done < tokens:
+                seconds = time.monotonic() - started
+                yield Sample(seconds, done, metrics.kv_pages, metrics.evictions, server.rss())
+        if client.result() < tokens:
+            raise SoakError(f"the stream ended after {client.result()} of {tokens} tokens")
 
 
 def rate(samples: list[Sample]) -> float:
