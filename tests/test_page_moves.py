@@ -13,6 +13,7 @@ from benchmarks.paged_layers import PagedLayers
 from sink_vllm.plan import PageMove
 from sink_vllm.worker.key_pages import key_pages_for
 from sink_vllm.worker.layout_strided import StridedKeyPages
+from sink_vllm.worker.move_plan import MovePlan
 from sink_vllm.worker.page_moves import PageMover
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -159,6 +160,19 @@ def test_evictions_of_many_streams(border: int) -> None:
         moves += [move for move in parts if move.begin < move.end]
 
     check(paged, moves)
+
+
+def test_overlays_of_pages_that_are_not_neighbours() -> None:
+    """Pages with several parts each: no order of the pages makes every group a range."""
+    moves = [
+        *(PageMove(1, dst, 0, 4, 32) for dst in (2, 3, 4)),
+        *(PageMove(1, dst, 4, 8, 48) for dst in (3, 5)),
+        PageMove(1, 4, 8, 12, 0),
+    ]
+    overlays = MovePlan.of(moves, 32).overlays
+    assert any(overlay.contiguous is None for overlay in overlays)
+
+    check(PagedLayers(dtype=torch.bfloat16), moves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
