@@ -1,4 +1,4 @@
-"""Prometheus counters of the policy, in the server's ``/metrics`` beside vLLM's own.
+"""Prometheus metrics of the policy, in the server's ``/metrics`` beside vLLM's own.
 
 An ordinary vLLM stat logger, handed to ``AsyncLLM`` and ``LLMEngine`` as a constructor argument
 when the policy is on (``sink_vllm.frontend.clients``). Not through the entry point
@@ -6,7 +6,7 @@ when the policy is on (``sink_vllm.frontend.clients``). Not through the entry po
 installation, with ``--disable-log-stats`` too, and ``LLM`` does not load it.
 """
 
-from prometheus_client import REGISTRY, Counter
+from prometheus_client import REGISTRY, Counter, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
@@ -20,6 +20,7 @@ COUNTERS = {  # field of StreamingLLMStats: (name without "_total", documentatio
     "evictions": ("evictions", "Evictions of one stride."),
     "reanchorings": ("reanchorings", "Windows whose keys were rotated back to offset 0."),
 }
+LENGTH_BUCKETS = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]  # tokens
 
 
 class StreamingLLMStatLogger(AggregateStatLoggerBase):
@@ -33,6 +34,13 @@ class StreamingLLMStatLogger(AggregateStatLoggerBase):
             counter = Counter(NAMESPACE + name, documentation, labelnames=["model_name", "engine"])
             for index, by_field in self._counters.items():
                 by_field[field] = counter.labels(model_name, str(index))
+        lengths = Histogram(
+            NAMESPACE + "stream_tokens",
+            "Length of finished streams: tokens of prompt and output.",
+            buckets=LENGTH_BUCKETS,
+            labelnames=["model_name", "engine"],
+        )
+        self._lengths = {index: lengths.labels(model_name, str(index)) for index in engine_indexes}
 
     def record(
         self,
@@ -41,6 +49,9 @@ class StreamingLLMStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
+        for finished in () if iteration_stats is None else iteration_stats.finished_requests:
+            length = finished.num_prompt_tokens + finished.num_generation_tokens
+            self._lengths[engine_idx].observe(length)
         if scheduler_stats is None:
             return
         stats = StreamingLLMStats.take(scheduler_stats)
