@@ -100,8 +100,12 @@ def verdict(samples: list[Sample], tokens: int) -> dict[str, Any]:
     begin = [sample for sample in evicting if sample.tokens <= first + tenth]
     early = [sample for sample in samples if tenth <= sample.tokens < 2 * tenth]
     late = [sample for sample in samples if sample.tokens >= tokens - tenth]
-    if min(len(begin), len(early), len(late)) < 2:
-        raise SoakError("too few samples; use a shorter --interval")
+    counts = len(begin), len(early), len(late)
+    if min(counts) < 2:
+        raise SoakError(
+            f"too few samples after the first eviction, in the second and in the last tenth "
+            f"{counts}; use a shorter --interval or a longer stream"
+        )
     growth = {
         name: fmean(sample.rss[name] for sample in late)
         / fmean(sample.rss[name] for sample in early)
