@@ -177,7 +177,12 @@ def summary(samples: list[Sample], context: int) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Serve, stream, report."""
-    context = json.loads((options.model / "config.json").read_text())["max_position_embeddings"]
+    config = options.model / "config.json"
+    if not config.is_file():
+        raise DemoError(
+            f"{options.model} is not a model: it has no config.json; give another --model"
+        )
+    context = json.loads(config.read_text())["max_position_embeddings"]
     # Eager, because compiling would take longer than the demo.
     arguments = [str(options.model), "--served-model-name", "demo", "--enforce-eager"]
     arguments += ["--kv-policy", "sink", *options.serve]
