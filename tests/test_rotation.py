@@ -198,3 +198,27 @@ def test_a_table_with_other_frequencies_is_refused() -> None:
 
     with pytest.raises(ValueError, match="not what its frequencies say"):
         Rotation(rotary, "layer")
+
+
+@pytest.mark.parametrize("variant", ["default", "llama3", "yarn, magnitude of its own"])
+def test_a_longer_table_is_exact_from_the_capacity_on(variant: str) -> None:
+    """Rows before stay the model's own, rows after are right to the last float32 digit, keys moved
+    from one to the other fit, and the next model in the process gets a table of its own."""
+    rotary = rotary_of(VARIANTS[variant], dtype=torch.float32)
+    own = rotary.cos_sin_cache.clone()
+    rotation = Rotation(rotary, "layer")
+
+    rotation.extend(4 * 700, exact_from=700)
+
+    assert rotation.table_rows == len(rotary.cos_sin_cache) >= 4 * 700
+    assert torch.equal(rotary.cos_sin_cache[:700], own[:700])
+    angles = torch.outer(torch.arange(700, 2800, dtype=torch.float64), rotation.frequencies)
+    exact = torch.cat((angles.cos(), angles.sin()), dim=-1) * own[0, 0].double()
+    assert torch.allclose(rotary.cos_sin_cache[700:2800].double(), exact, atol=1e-7, rtol=0)
+    keys = torch.randn(3, 2, 64)
+    moved = rerotated(
+        rotation, keys_at(rotary, keys, torch.tensor([5, 80, 600])), torch.tensor([2000] * 3)
+    )
+    later = keys_at(rotary, keys, torch.tensor([2005, 2080, 2600]))
+    assert torch.allclose(moved, later, atol=1e-3)
+    assert rotary_of(VARIANTS[variant], dtype=torch.float32) is not rotary

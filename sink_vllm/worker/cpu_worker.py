@@ -34,5 +34,5 @@ class StreamingLLMCPUWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
-        self_test(self.model_runner)
+        self_test(self.model_runner, self)
         return result

@@ -31,5 +31,5 @@ class StreamingLLMGPUWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
-        self_test(self.model_runner)
+        self_test(self.model_runner, self)
         return result

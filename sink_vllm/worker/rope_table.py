@@ -15,8 +15,10 @@ TABLE_CAPACITIES = 4
 """Rows a table has at least, in capacities: a window is rotated once per three capacities."""
 
 
-def extend_rope_tables(layers: Iterable[AttentionLayer], rows: int) -> None:
-    """Let the rope positions of every rotating layer run up to ``rows`` at least."""
-    for layer in layers:
-        if layer.rotation is not None:
-            layer.rotation.extend(rows)
+def extend_rope_tables(layers: Iterable[AttentionLayer], capacity: int) -> None:
+    """Let the rope positions of every rotating layer run up to ``TABLE_CAPACITIES * capacity``.
+
+    Positions below the capacity, all that streams see which never evict, keep the model's rows.
+    """
+    for rotation in {id(one.rotation): one.rotation for one in layers if one.rotation}.values():
+        rotation.extend(TABLE_CAPACITIES * capacity, exact_from=capacity)

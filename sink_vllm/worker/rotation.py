@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.rotary_embedding import (
+    _ROPE_DICT,
     DynamicNTKAlphaRotaryEmbedding,
     DynamicNTKScalingRotaryEmbedding,
     Gemma4RotaryEmbedding,
@@ -127,22 +128,25 @@ class Rotation:
         self._rows: dict[int, int] = {}
         self._table = torch.empty(0)
 
-    def extend(self, rows: int) -> None:
+    def extend(self, rows: int, exact_from: int) -> None:
         """Lengthen the module's table to at least ``rows`` rope positions.
 
-        The model's own rows stay bit for bit; new ones are computed in float64 from the module's
-        frequencies, times its magnitude (yarn), and rounded to the table's dtype. Call it before
-        the model is compiled or captured: the table is a buffer of the module.
+        Rows before ``exact_from`` stay the model's own, bit for bit. From there on they are
+        computed in float64 from the module's frequencies, times its magnitude (yarn), and rounded
+        to the table's dtype: vLLM rounds angles to float32, an error that grows with the position
+        and would be the largest one of a long stream. Call it before the model is compiled or
+        captured: the table is a buffer of the module.
         """
-        if self.table_rows >= rows:
-            return
         table = self.rotary.cos_sin_cache
         assert isinstance(table, torch.Tensor)
-        positions = torch.arange(self.table_rows, rows, dtype=torch.float64)
+        positions = torch.arange(exact_from, max(rows, self.table_rows), dtype=torch.float64)
         angles = torch.outer(positions, self.frequencies)
         more = torch.cat((angles.cos(), angles.sin()), dim=-1) * table[0, 0].double().cpu()
-        self.rotary.cos_sin_cache = torch.cat((table, more.to(table)))
-        self.table_rows = rows
+        self.rotary.cos_sin_cache = torch.cat((table[:exact_from], more.to(table)))
+        self.table_rows = self.rotary.cos_sin_cache.shape[0]
+        # vLLM hands the same module to the next model with these settings in this process.
+        for key in [key for key, module in _ROPE_DICT.items() if module is self.rotary]:
+            del _ROPE_DICT[key]
 
     def cos_sin(self, deltas: Sequence[int]) -> torch.Tensor:
         """Rows ``[cos | sin]`` of unit magnitude: float32 ``[len(deltas), rotary_dim]``."""

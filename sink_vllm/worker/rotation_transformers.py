@@ -56,6 +56,6 @@ class TransformersRotation(Rotation):
             table_rows=0,
         )
 
-    def extend(self, rows: int) -> None:
+    def extend(self, rows: int, exact_from: int) -> None:
         """Let positions run up to ``rows``: there is no table to lengthen."""
         self.table_rows = max(self.table_rows, rows)

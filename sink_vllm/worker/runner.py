@@ -9,7 +9,7 @@ from sink_vllm.scheduler.spec import StreamingLLMSpec
 from sink_vllm.worker.layers import AttentionLayer, attention_layers, rope_rows
 from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
-from sink_vllm.worker.rope_table import TABLE_CAPACITIES, extend_rope_tables
+from sink_vllm.worker.rope_table import extend_rope_tables
 
 # vLLM's two model runners have no common base; what the mixins call, both of them have.
 _Runner: Any = object
@@ -26,7 +26,7 @@ class StreamingLLMRunner(_Runner):
         super().load_model(*args, **kwargs)
         self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
         self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
-        extend_rope_tables(self.attention_layers, TABLE_CAPACITIES * self._config.capacity)
+        extend_rope_tables(self.attention_layers, self._config.capacity)
 
     @property
     def _config(self) -> SinkConfig:
