@@ -54,14 +54,12 @@ class Facts:
     diffusion: bool = False
     position_scaled_attention: str | None = None
     """The setting that scales queries by their absolute position."""
-    transformers_backend: bool = False
     prompt_embeds: bool = False
     custom_logits_processors: bool = False
 
     # The engine.
     platform: str = "cpu"
     routed_experts: bool = False
-    v2_model_runner: bool = False
     rust_frontend: bool = False
     chunked_prefill: bool = True
     kv_cache_dtype: str = "auto"
@@ -87,7 +85,6 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         **model_facts(vllm_config.model_config),
         platform=current_platform.device_type,
         routed_experts=vllm_config.aux_output_config.enable_return_routed_experts,
-        v2_model_runner=vllm_config.use_v2_model_runner,
         rust_frontend=os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,
         kv_cache_dtype=cache.cache_dtype,
@@ -126,7 +123,6 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "diffusion": model_config.is_diffusion,
         "position_scaled_attention": _setting(text, _POSITION_SCALING_SETTINGS)
         or next(filter(None, (_setting(p, _POSITION_SCALING_SETTINGS) for p in rope)), None),
-        "transformers_backend": model_config.using_transformers_backend(),
         "prompt_embeds": model_config.enable_prompt_embeds,
         "custom_logits_processors": bool(model_config.logits_processors),
     }

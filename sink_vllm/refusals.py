@@ -142,20 +142,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
-        "Transformers backend",
-        "vLLM's Transformers backend",
-        lambda f: _if(f.transformers_backend, f.architecture),
-        "its rotary embedding is not vLLM's, so keys cannot be rotated the way the model does",
-        "use a model that vLLM implements, without --model-impl transformers",
-    ),
-    Refusal(
-        "ALiBi",
-        "ALiBi position biases",
-        lambda f: _if(f.positions == "alibi", f.architecture),
-        "exact by construction, but never tested",
-        _OTHER_MODEL,
-    ),
-    Refusal(
         "learned absolute positions",
         "positions that are not rotary (RoPE), such as learned absolute embeddings",
         lambda f: _if(f.positions == "other", f.architecture),
@@ -204,13 +190,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda f: _if(f.platform not in PLATFORMS, f.platform),
         "its attention backends may store keys in another layout",
         "run on one of these, or use --kv-policy full",
-    ),
-    Refusal(
-        "V2 model runner",
-        "vLLM's V2 model runner",
-        lambda f: _if(f.v2_model_runner, "the default on GPUs"),
-        "rope offsets and page moves are written for the V1 runner",
-        "set VLLM_USE_V2_MODEL_RUNNER=0",
     ),
     Refusal(
         "Rust front end",

@@ -38,8 +38,6 @@ CASES: dict[str, tuple[Facts, str]] = {
     "local attention layers": (Facts(local_attention="sliding_window=128"), "sliding_window=128"),
     "unequal layers": (Facts(unequal_layers=True), "LlamaForCausalLM"),
     "shared KV layers": (Facts(shared_kv_layers=10), "10"),
-    "Transformers backend": (Facts(transformers_backend=True), "LlamaForCausalLM"),
-    "ALiBi": (Facts(positions="alibi", rope_types=(), architecture="Bloom"), "Bloom"),
     "learned absolute positions": (
         Facts(positions="other", rope_types=(), architecture="GPT2LMHeadModel"),
         "GPT2LMHeadModel",
@@ -53,7 +51,6 @@ CASES: dict[str, tuple[Facts, str]] = {
     "custom logits processors": (Facts(custom_logits_processors=True), "--logits-processors"),
     "routed experts": (Facts(routed_experts=True), "--enable-return-routed-experts"),
     "platform": (Facts(platform="xpu"), "xpu"),
-    "V2 model runner": (Facts(v2_model_runner=True), "VLLM_USE_V2_MODEL_RUNNER=0"),
     "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),
     "no chunked prefill": (Facts(chunked_prefill=False), "--no-enable-chunked-prefill"),
     "quantised KV cache": (Facts(kv_cache_dtype="fp8_e4m3"), "fp8_e4m3"),
@@ -112,6 +109,10 @@ def test_every_fact_is_looked_at_by_some_row() -> None:
 @pytest.mark.parametrize("rope_type", KNOWN_ROPE_TYPES)
 def test_known_rope_scalings_are_accepted(rope_type: str) -> None:
     assert reason(Facts(rope_types=(rope_type,))) is None
+
+
+def test_alibi_is_accepted() -> None:
+    assert reason(Facts(positions="alibi", rope_types=())) is None
 
 
 @pytest.mark.parametrize("dtype", PLAIN_KV_DTYPES)
