@@ -1,0 +1,217 @@
+"""vLLM's V2 model runner, the default on GPUs, gives the streams of the V1 runner.
+
+One engine per way of scheduling, each in a process of its own (see ``tests/v2_engine.py``). Its
+kernels are interpreted, at some 60 tokens per second, so streams are short and the cache is
+small. What both runners must do for CUDA graphs, never to move the buffers a model reads, is
+tested on both of them here.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ENVIRONMENT, ModelFactory
+from tests.engine import Generated, Policy, running_engine
+from tests.families import FAMILIES, Family, write_family
+from tests.judge import judge, random_tokens
+from tests.oracle import Oracle
+from tests.oracle_hf import HFOracle
+from tests.positions_seen import PositionsSeen, watch_positions
+from tests.tiny_models import EOS, TinyLlama
+from tests.v2_engine import ENVIRONMENT as V2_ENVIRONMENT
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = TinyLlama(max_positions=128, layers=2)
+POLICY = Policy(5, 27, 32)  # C = 64
+TABLE_ROWS = 4 * POLICY.capacity  # what a table of 128 rows is lengthened to
+PROMPTS = [random_tokens(length, length) for length in (20, 64, 65, 170)]
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "max_tokens": 150}
+SEEDED: dict[str, Any] = GREEDY | {"temperature": 1.0, "seed": 7, "max_tokens": 100}
+MIN_TOKENS = 70
+# Ends a stream as soon as it may end.
+EAGER_TO_STOP: dict[str, Any] = GREEDY | {
+    "ignore_eos": False,
+    "logit_bias": {EOS: 100.0},
+    "min_tokens": MIN_TOKENS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    prompts: list[list[int]]
+    params: list[dict[str, Any]]
+    flat: bool = False
+    """From this batch on all tokens are equally likely: noise decides."""
+
+
+NOISE_LENGTHS = [20, 30, 100]
+BATCHES = [
+    Batch(PROMPTS, [GREEDY] * len(PROMPTS)),
+    Batch(PROMPTS[:3], [SEEDED, EAGER_TO_STOP, EAGER_TO_STOP]),
+    Batch(PROMPTS[:1], [SEEDED]),
+    Batch([random_tokens(length, 1) for length in NOISE_LENGTHS], [SEEDED] * 3, flat=True),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    scheduler: str
+    runner: str
+    batches: list[list[Generated]]
+    num_poisoned: int
+    positions: PositionsSeen
+
+
+def run_v2(model: Path, batches: Sequence[Batch], **engine: Any) -> Ran:
+    """Run batches on the V2 runner, in a process of its own."""
+    job = {
+        "model": str(model),
+        "policy": {"S": POLICY.S, "W": POLICY.W, "g": POLICY.g},
+        "engine": {"max_num_batched_tokens": 100, **engine},
+        "batches": [dataclasses.asdict(batch) for batch in batches],
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.v2_engine"],
+        input=json.dumps(job),
+        env=os.environ | ENVIRONMENT | V2_ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["batches"] = [[Generated(**one) for one in batch] for batch in result["batches"]]
+    return Ran(**result | {"positions": PositionsSeen(**result["positions"])})
+
+
+@pytest.fixture(scope="module")
+def sync(tiny_llama: ModelFactory) -> Ran:
+    return run_v2(tiny_llama(SHAPE), BATCHES)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_llama: ModelFactory) -> Oracle:
+    return Oracle(tiny_llama(SHAPE))
+
+
+def test_v2_streams_equal_the_oracle(sync: Ran, oracle: Oracle) -> None:
+    """Prompts below, at and beyond the capacity, evictions in prefill and decode, re-anchoring."""
+    assert sync.runner == "StreamingLLMCPUModelRunnerV2"
+    assert sync.scheduler == "StreamingLLMScheduler"
+
+    verdict = judge(oracle, POLICY, PROMPTS, sync.batches[0])
+
+    print(verdict)
+    assert verdict.least_evictions >= 4
+    assert sync.batches[0][3].reanchorings >= 1
+    assert sync.num_poisoned > 0
+
+
+def test_v2_async_streams_equal_the_oracle(tiny_llama: ModelFactory, oracle: Oracle) -> None:
+    """With asynchronous scheduling a stream drains before it evicts, on this runner too."""
+    prompts, params = PROMPTS[1::2], GREEDY | {"max_tokens": 110}
+    batch = Batch(prompts, [params] * len(prompts))
+    ran = run_v2(tiny_llama(SHAPE), [batch], async_scheduling=True)
+    assert ran.runner == "StreamingLLMCPUModelRunnerV2"
+    assert ran.scheduler == "StreamingLLMAsyncScheduler"
+
+    verdict = judge(oracle, POLICY, prompts, ran.batches[0])
+
+    assert verdict.least_evictions >= 3
+    assert ran.batches[0][1].reanchorings >= 1
+
+
+def test_v2_noise_is_a_function_of_the_stream_position(sync: Ran) -> None:
+    """Streams with one seed draw the same noise at the same stream positions, evicted or not.
+
+    With cache positions it would repeat every ``g`` tokens.
+    """
+    streams = sync.batches[3]
+    assert all(stream.evictions >= 2 for stream in streams)
+
+    at = [
+        dict(enumerate(stream.tokens, start=length))
+        for length, stream in zip(NOISE_LENGTHS, streams, strict=True)
+    ]
+
+    for one, other in ((0, 1), (1, 2)):
+        shared = at[one].keys() & at[other].keys()
+        assert len(shared) >= 20
+        assert all(at[one][position] == at[other][position] for position in shared)
+    tokens = streams[0].tokens
+    repeated = sum(a == b for a, b in zip(tokens, tokens[POLICY.g :], strict=False))
+    assert repeated <= 5
+
+
+def test_v2_seeded_streams_are_reproducible(sync: Ran) -> None:
+    """A seeded stream is the same in a batch and alone."""
+    in_batch, (alone,) = sync.batches[1][0], sync.batches[2]
+    assert alone.evictions >= 1
+
+    assert in_batch.tokens == alone.tokens
+    assert in_batch.tokens != sync.batches[0][0].tokens[: len(alone.tokens)]  # not greedy
+
+
+def test_v2_min_tokens_counts_evicted_tokens(sync: Ran) -> None:
+    """A stream that wants to stop does so right after ``min_tokens``, evicted outputs included."""
+    for stream in sync.batches[1][1:]:
+        assert stream.evictions >= 2
+        assert stream.finish_reason == "stop"
+        assert len(stream.tokens) == MIN_TOKENS + 1
+        assert stream.tokens[-1] == EOS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.v2], ids=lambda family: family.slug
+)
+def test_v2_family_streams_exactly(family: Family, tmp_path: Path) -> None:
+    """What differs between families is below both runners; a few of them prove it."""
+    folder = write_family(tmp_path, family)
+    prompts, params = PROMPTS[1::2], GREEDY | {"max_tokens": 110}
+
+    ran = run_v2(folder, [Batch(prompts, [params] * len(prompts))])
+
+    verdict = judge(HFOracle(folder), POLICY, prompts, ran.batches[0])
+    print(family.name, verdict)
+    assert ran.runner == "StreamingLLMCPUModelRunnerV2"
+    assert verdict.least_evictions >= 3
+    if family.positions == "rope":
+        assert ran.batches[0][1].reanchorings >= 1
+
+
+def test_v2_model_reads_one_buffer(sync: Ran) -> None:
+    """Positions and rotary table stay where they were at start-up; rope positions go on."""
+    check_addresses(sync.positions)
+
+
+def test_v1_model_reads_one_buffer(tiny_llama: ModelFactory, oracle: Oracle) -> None:
+    """The same on the V1 runner."""
+    with running_engine(tiny_llama(SHAPE), POLICY, max_num_batched_tokens=100) as engine:
+        buffer = engine.runner.positions.data_ptr()
+        seen = watch_positions(engine.runner)
+        results = engine.greedy(PROMPTS, 150)
+
+        assert engine.runner.positions.data_ptr() == buffer
+        assert seen.addresses == [buffer]
+    judge(oracle, POLICY, PROMPTS, results)
+    check_addresses(seen)
+
+
+def check_addresses(seen: PositionsSeen) -> None:
+    assert seen.passes > 100
+    assert len(seen.addresses) == 1
+    assert len(seen.tables) == 1
+    # Far beyond the capacity, and never beyond the table.
+    assert TABLE_ROWS - POLICY.g <= seen.largest < TABLE_ROWS
