@@ -1,0 +1,78 @@
+"""``python -m tests.models_table`` prints the page ``docs/models.md``.
+
+What works is the table of the tests, ``tests.families``; what does not is decided by the gate.
+"""
+
+from sink_vllm.refusals import REFUSALS
+from tests.families import FAMILIES, Family
+from tests.refused_models import REFUSED
+
+HEAD = """\
+# Which models stream under `--kv-policy sink`
+
+Printed by `python -m tests.models_table`; `tests/test_models.py` fails when it differs.
+
+## Tested
+
+Each row is a tiny model with random weights, made in the test and run by the model code that vLLM
+uses for the real one, vLLM's own or that of transformers (vLLM's Transformers backend). The tokens
+and log-probabilities of whole streams, through {evictions} or more evictions and at least one
+re-anchoring, equal those of the same checkpoint run by transformers, one token at a time, with keys
+renumbered by cache position (float32, 1e-4). The V1 model runner is what vLLM uses on CPUs, V2
+what it uses on GPUs; V2 runs here under Triton's interpreter. Where V2 says *not run*, the parts
+that depend on the model (rotations, page layouts) are the ones tested on V1, and the start-up
+self-test checks them on the real model.
+"""
+REFUSED_HEAD = """
+## Refused
+
+At start-up, with the reason; see [limitations](limitations.md) for all that is refused.
+
+| Model | Configuration | Because of | |
+|---|---|---|---|
+"""
+TAIL = """
+## Everything else
+
+A model that is in neither table is not refused by its name: if nothing in its configuration is in
+the table of [limitations](limitations.md), it starts, and the start-up self-test decides. It runs
+one token at two positions through the real model and compares, layer by layer, the keys that the
+model computes with those that moving a page makes of them.
+
+## GPUs
+
+None of this has run on a GPU yet. What a GPU adds is tested on a CPU: the V2 runner under an
+interpreter, asynchronous scheduling, and page moves in every memory layout that vLLM gives to
+FlashAttention, FlashInfer, Triton and FlexAttention (`tests/test_layouts.py`). What an eviction
+costs there, against the bandwidth of the memory, is one command away:
+
+    python -m benchmarks.gpu_page_moves
+"""
+EVICTIONS = 10
+
+
+def markdown() -> str:
+    head = HEAD.format(evictions=EVICTIONS)
+    rows = "\n".join(_tested(family) for family in FAMILIES)
+    tested = (
+        f"\n| Model | Configuration | Special | Model code | V1 | V2 |\n{'|---' * 6}|\n{rows}\n"
+    )
+    what = {row.name: row for row in REFUSALS}
+    refused = "\n".join(
+        f"| {one.name} | `{one.config}` | {what[one.row].what} | "
+        f"{'cannot work' if what[one.row].final else 'not yet'} |"
+        for one in REFUSED
+    )
+    return f"{head}{tested}{REFUSED_HEAD}{refused}\n{TAIL}"
+
+
+def _tested(family: Family) -> str:
+    v2 = "exact" if family.v2 else "not run"
+    return (
+        f"| {family.name} | `{family.model}Config` | {family.special} | {family.backend} | "
+        f"exact | {v2} |"
+    )
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
