@@ -27,7 +27,7 @@ def main() -> None:
         additional_config={"kv_policy": "sink", "sink_tokens": 4},
     )
     trained = llm.llm_engine.model_config.hf_text_config.max_position_embeddings
-    sampling = SamplingParams(max_tokens=4 * trained, temperature=0.8, seed=0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=4 * trained, temperature=0.8, ignore_eos=True)
     [result] = llm.generate([Path(textwrap.__file__).read_text()[: 8 * trained]], sampling)
 
     [output] = result.outputs
