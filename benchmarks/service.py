@@ -86,24 +86,24 @@ class ChatArm:
 
     def turn(self, question: str) -> dict[str, Any]:
         self.messages.append({"role": "user", "content": question})
-        options = {"stream_options": {"include_usage": True}, "return_token_ids": True}
-        started, first = time.perf_counter(), 0.0
-        text, tokens = "", []
+        # No token ids: the first event would bring those of the whole prompt.
+        options = {"stream_options": {"include_usage": True}}
+        started, first, text = time.perf_counter(), 0.0, ""
         usage: dict[str, Any] = {}
         for event in self._api.events("/v1/chat/completions", {**self.body(), **options}):
             for choice in event["choices"]:
-                if choice.get("token_ids"):
+                if piece := choice["delta"].get("content"):
                     first = first or time.perf_counter() - started
-                    tokens += choice["token_ids"]
-                    text += choice["delta"].get("content") or ""
+                    text += piece
             usage = event.get("usage") or usage
         self.messages.append({"role": "assistant", "content": text})
         cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
         return {
             "ttft_s": first,
             "prompt_tokens": usage["prompt_tokens"],
+            "output_tokens": usage["completion_tokens"],
             "computed_tokens": usage["prompt_tokens"] - cached,
-            "token_ids": tokens,
+            "output": text,
         }
 
     def body(self) -> dict[str, Any]:
@@ -114,15 +114,13 @@ class ChatArm:
             **GREEDY,
         }
 
-    def uninterrupted(self, turn: int) -> list[int]:
-        """Tokens of ``turn`` (from 1), from a prompt that no page is cached of."""
-        messages = self.messages[: 2 * turn - 1]
-        body = {**self.body(), "messages": messages, "return_token_ids": True}
-        answer = self._api.json(
-            "/v1/chat/completions", {**body, "cache_salt": random.randbytes(8).hex()}
-        )
-        tokens: list[int] = answer["choices"][0]["token_ids"]
-        return tokens
+    def uninterrupted(self, turn: int) -> str:
+        """Text of ``turn`` (from 1), from a prompt that no page is cached of."""
+        body = {**self.body(), "messages": self.messages[: 2 * turn - 1]}
+        body["cache_salt"] = random.randbytes(8).hex()
+        answer = self._api.json("/v1/chat/completions", body)
+        text: str = answer["choices"][0]["message"]["content"]
+        return text
 
 
 class StreamArm:
@@ -154,8 +152,9 @@ class StreamArm:
         return {
             "ttft_s": first,
             "prompt_tokens": len(self._prompt),
+            "output_tokens": len(self._answer),
             "computed_tokens": account["usage"]["computed_tokens"],
-            "token_ids": self._answer,
+            "output": self._answer,
         }
 
     def uninterrupted(self, turn: int) -> list[int]:
@@ -198,13 +197,13 @@ def long_chat(
     turns: list[dict[str, Any]] = []
     equal: dict[int, bool] = {}
     for number, text in enumerate(texts, start=1):
-        before = turns[-1]["prompt_tokens"] + len(turns[-1]["token_ids"]) if turns else 0
+        before = turns[-1]["prompt_tokens"] + turns[-1]["output_tokens"] if turns else 0
         turn = arm.turn(text)
         turn["new_tokens"] = turn["prompt_tokens"] - before
         rows.add(arm=name, turn=number, **turn)
         turns.append(turn)
     for number in checks:  # afterwards: they take the pages of the conversation
-        equal[number] = arm.uninterrupted(number) == turns[number - 1]["token_ids"]
+        equal[number] = arm.uninterrupted(number) == turns[number - 1]["output"]
         rows.add(arm=name, turn=number, equals_uninterrupted=equal[number])
     early, late = turns[10:20], turns[-10:]
     extra = [turn["computed_tokens"] - turn["new_tokens"] for turn in turns[10:]]
@@ -214,7 +213,7 @@ def long_chat(
     }
     return {
         "turns": len(turns),
-        "stream_tokens": turns[-1]["prompt_tokens"] + len(turns[-1]["token_ids"]),
+        "stream_tokens": turns[-1]["prompt_tokens"] + turns[-1]["output_tokens"],
         "ttft_early_s": ttft["early"],
         "ttft_late_s": ttft["late"],
         "ttft_ratio": ttft["late"] / ttft["early"],
@@ -238,16 +237,14 @@ def crowd(rows: Rows, api: Api, conversations: int, turns: int, words: int) -> d
             for conversation, turn in enumerate(last):
                 rows.add(arm="crowd", conversation=conversation, turn=number + 1, **turn)
     elapsed = time.perf_counter() - started
-    equal = [
-        arms[n].uninterrupted(turns) == last[n]["token_ids"] for n in range(0, conversations, 8)
-    ]
+    equal = [arms[n].uninterrupted(turns) == last[n]["output"] for n in range(0, conversations, 8)]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and api.server.metrics().kv_pages:
         time.sleep(0.2)
     return {
         "conversations": conversations,
         "turns": turns,
-        "stream_tokens": last[0]["prompt_tokens"] + len(last[0]["token_ids"]),
+        "stream_tokens": last[0]["prompt_tokens"] + last[0]["output_tokens"],
         "elapsed_s": elapsed,
         "completed": len(last) == conversations,
         "equals_uninterrupted": all(equal),
