@@ -16,12 +16,15 @@ Printed by `python -m tests.models_table`; `tests/test_models.py` fails when it 
 
 Each row is a tiny model with random weights, made in the test and run by the model code that vLLM
 uses for the real one, vLLM's own or that of transformers (vLLM's Transformers backend). The tokens
-and log-probabilities of whole streams, through {evictions} or more evictions and at least one
-re-anchoring, equal those of the same checkpoint run by transformers, one token at a time, with keys
-renumbered by cache position (float32, 1e-4). The V1 model runner is what vLLM uses on CPUs, V2
-what it uses on GPUs; V2 runs here under Triton's interpreter. Where V2 says *not run*, the parts
-that depend on the model (rotations, page layouts) are the ones tested on V1, and the start-up
-self-test checks them on the real model.
+and log-probabilities of whole streams equal those of the same checkpoint run by transformers, one
+token at a time, with keys renumbered by cache position (float32, 1e-4).
+
+- **V1**, the model runner that vLLM uses on CPUs: streams of 500 tokens, {evictions} or more
+  evictions, and a re-anchoring where keys are rotated (with ALiBi they are not).
+- **V2**, the one it uses on GPUs, runs here under Triton's interpreter, which is slow: streams of
+  110 tokens, 3 to 7 evictions, a re-anchoring. Where it says *not run*, the parts that depend on
+  the model (rotations, page layouts) are the ones tested on V1, and the start-up self-test checks
+  them on the real model.
 """
 REFUSED_HEAD = """
 ## Refused

@@ -11,7 +11,7 @@ class PositionsSeen:
     addresses: list[int] = field(default_factory=list)
     """Distinct addresses of ``positions``, in the order of their first use."""
     tables: list[int] = field(default_factory=list)
-    """Distinct addresses of the first layer's rotary table."""
+    """Distinct addresses of the first layer's rotary table (transformers: its frequencies)."""
     passes: int = 0
     largest: int = 0
     """Largest position given to the model."""
@@ -29,9 +29,10 @@ def watch_positions(runner: Any) -> PositionsSeen:
         if positions.data_ptr() not in seen.addresses:
             seen.addresses.append(positions.data_ptr())
         for rotation in rotations[:1]:
-            address = rotation.rotary.cos_sin_cache.data_ptr()
-            if address not in seen.tables:
-                seen.tables.append(address)
+            rotary = rotation.rotary
+            table = rotary.cos_sin_cache if hasattr(rotary, "cos_sin_cache") else rotary.inv_freq
+            if table.data_ptr() not in seen.tables:
+                seen.tables.append(table.data_ptr())
 
     runner.get_model().register_forward_pre_hook(before_forward, with_kwargs=True)
     return seen
