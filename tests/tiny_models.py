@@ -1,7 +1,7 @@
 """Tiny Llama checkpoints with random weights: real models to the engine, fast on one core.
 
 The weights are scaled so that a wrong cache shows at once: attention is peaked (scores with a
-standard deviation near 2) and its output outweighs the embedding, so each token depends on a few
+standard deviation near 1.5) and its output outweighs the embedding, so each token depends on a few
 keys anywhere in the cache, and the logits are spread far enough that greedy near-ties are rare.
 """
 
@@ -44,6 +44,8 @@ class TinyLlama:
     head_size: int = 32
     max_positions: int = 384
     tied: bool = False
+    logit_scale: float = 3.0
+    """Standard deviation of the logits; 0 makes all tokens equally likely."""
     rope: dict[str, float | str] | None = None
     seed: int = 0
 
@@ -83,14 +85,14 @@ def _fill(model: LlamaForCausalLM, shape: TinyLlama) -> None:
     generator = torch.Generator().manual_seed(shape.seed)
     gains = {
         "embed_tokens": 1.0,
-        "q_proj": 1.5,
-        "k_proj": 1.5,
+        "q_proj": 1.2,
+        "k_proj": 1.2,
         "v_proj": 1.0,
-        "o_proj": 1.5,
+        "o_proj": 1.2,
         "gate_proj": 1.0,
         "up_proj": 1.0,
         "down_proj": 1.0,
-        "lm_head": 4.0,
+        "lm_head": shape.logit_scale,
     }
     with torch.no_grad():
         for name, weight in model.named_parameters():
