@@ -57,7 +57,7 @@ number in it is read from the run's own record or measured on the exported weigh
 | optimizer | AdamW, peak rate {rate:g} (warm-up, then cosine), weight decay 0.1, clipping at 1.0 |
 | precision | bfloat16 autocast over float32 weights; stored as bfloat16 |
 | wall time | {minutes:.0f} minutes |
-| hardware | {cores}-core {machine} CPU, {threads} thread(s), no accelerator |
+| hardware | {cores}-core {machine} CPU, {threads} thread(s), no accelerator{note} |
 | speed | {speed:,.0f} tokens/s |
 | seed | {seed} |
 
@@ -77,7 +77,7 @@ out of the training too.
 | held-out text | {files} files of CPython {python}, {held_tokens:,} tokens |
 | compression | {bpt:.2f} bytes per token |
 | loss | {loss:.4f} nats per token (perplexity {ppl:.2f}, {bpb:.3f} bits per byte) |
-| the same windows without BOS | {bare:.4f} nats per token |
+| without BOS | {bare:.4f} nats per token, against {kept:.4f} with it (first tokens not counted) |
 
 ## Attention sinks
 
@@ -104,7 +104,8 @@ is small enough to run anywhere and has real sinks. It is no assistant and no co
 continues text with plausible Python and repeats itself. It was never trained on dialogue; the
 chat template writes the roles as Python comments so that chat servers can be exercised with it.
 Prompts must start with BOS; the tokenizer and the chat template both see to that (encode the
-rendered template without special tokens). Beyond {context} tokens it works only with a sink cache.
+rendered template without special tokens). It has seen no position from {context} on;
+longer streams need a sink cache.
 
 ## Licence
 
@@ -124,7 +125,9 @@ def _sink_rows(sinks: Sinks) -> str:
     return "\n".join(rows)
 
 
-def write_card(folder: Path, weights: int, held_out: HeldOut, sinks: Sinks, sample: str) -> None:
+def write_card(
+    folder: Path, weights: int, held_out: HeldOut, sinks: Sinks, sample: str, note: str
+) -> None:
     """Fill in the card from the measurements and the run's record, and write README.md."""
     run: dict[str, Any] = json.loads((folder / "training_run.json").read_text(encoding="utf-8"))
     counts: dict[str, int] = json.loads(
@@ -159,6 +162,7 @@ def write_card(folder: Path, weights: int, held_out: HeldOut, sinks: Sinks, samp
         ppl=math.exp(held_out.loss),
         bpb=held_out.bits_per_byte,
         bare=held_out.without_bos,
+        kept=held_out.with_bos,
         first_query=FIRST_QUERY,
         even=sum(1 / (p + 1) for p in positions) / len(positions),
         sink_rows=_sink_rows(sinks),
@@ -167,6 +171,7 @@ def write_card(folder: Path, weights: int, held_out: HeldOut, sinks: Sinks, samp
         best_layer=best_layer,
         best_head=best_head,
         sample=sample.rstrip(),
+        note=f"; {note}" if note else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -175,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="model folder written by train.py")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--note", default="", help="what else to say about the hardware")
     parser.add_argument("--dry-run", action="store_true", help="print the numbers, write nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -190,7 +196,7 @@ def main() -> None:
         print("--- greedy\n" + greedy)
         print("--- temperature 0.8\n" + sample_text(model, tokenizer, prompt, 0.8))
     if not args.dry_run:
-        write_card(args.folder, model.num_parameters(), held_out, sinks, samples[0])
+        write_card(args.folder, model.num_parameters(), held_out, sinks, samples[0], args.note)
 
 
 if __name__ == "__main__":

@@ -27,20 +27,27 @@ FIRST_QUERY = 32
 BATCH = 8
 SINK_WINDOWS = 128
 PROMPTS = (
-    "import os\nimport sys\n\n\ndef read_file(path):\n",
-    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "import os\nimport sys\n\n\ndef read_file(path):",
+    "class Queue:\n    def __init__(self, maxsize=0):",
     "for i in range(",
 )
+"""None ends in a newline: the tokenizer joins a newline with the indentation that follows it, so
+a bare one at the end is a token the model never saw before an indented line."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss on the held-out files; ``without_bos`` drops token 0 from the same windows."""
+    """Loss on the held-out files, in nats per token.
+
+    ``loss`` covers every token. The other two cover all but the first token of each window, which
+    nothing precedes without BOS: ``with_bos`` as trained, ``without_bos`` with BOS left out.
+    """
 
     files: int
     tokens: int
     bytes_per_token: float
     loss: float
+    with_bos: float
     without_bos: float
 
     @property
@@ -83,30 +90,34 @@ def _prepend_bos(rows: Tensor) -> Tensor:
     return torch.cat([torch.full((len(rows), 1), BOS_ID), rows], dim=1)
 
 
-def _summed_loss(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> float:
+def _losses(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Loss of every target, ``[batch, positions]``."""
     logits = model(input_ids=inputs).logits
-    return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
 @torch.inference_mode()
 def held_out_loss(model: PreTrainedModel, tokenizer: TokenizerBase) -> HeldOut:
-    """Mean loss in nats per token over all held-out windows.
+    """Measure all held-out windows, with BOS and without.
 
-    The comparison without BOS leaves out the first token's prediction on both sides of its mean,
-    since nothing precedes it there; it shows how far the model depends on its sink token.
+    The difference shows how far the model depends on its sink token.
     """
     rows = _samples(tokenizer)
-    total = bare = 0.0
+    first = rest = bare = 0.0
     for chunk in _batches(rows):
-        total += _summed_loss(model, _prepend_bos(chunk)[:, :-1], chunk)
-        bare += _summed_loss(model, chunk[:, :-1], chunk[:, 1:])
+        losses = _losses(model, _prepend_bos(chunk)[:, :-1], chunk)
+        first += float(losses[:, 0].sum())
+        rest += float(losses[:, 1:].sum())
+        bare += float(_losses(model, chunk[:, :-1], chunk[:, 1:]).sum())
+    later_tokens = rows[:, 1:].numel()
     texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
     return HeldOut(
         files=len(held_out_files()),
         tokens=rows.numel(),
         bytes_per_token=sum(len(text.encode("utf-8")) for text in texts) / rows.numel(),
-        loss=total / rows.numel(),
-        without_bos=bare / rows[:, 1:].numel(),
+        loss=(first + rest) / rows.numel(),
+        with_bos=rest / later_tokens,
+        without_bos=bare / later_tokens,
     )
 
 
