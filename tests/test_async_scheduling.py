@@ -33,7 +33,7 @@ def engine(tiny_llama: ModelFactory) -> Iterator[Engine]:
         vllm_config.scheduler_config.async_scheduling = True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuPlatform, "check_and_update_config", check_and_switch_on)
+        patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_switch_on))
         with running_engine(
             tiny_llama(SHAPE),
             POLICY,

@@ -65,7 +65,11 @@ def test_engine_state_of_a_stream_is_bounded(caching: bool, tiny_llama: ModelFac
     entries: dict[int, int] = {}
     steps = 0
     with running_engine(
-        tiny_llama(SHAPE), POLICY, guarded=False, enable_prefix_caching=caching
+        tiny_llama(SHAPE),
+        POLICY,
+        guarded=False,
+        enable_prefix_caching=caching,
+        num_gpu_blocks_override=12,  # so few that the prefix cache is full early
     ) as engine:
         schedule = engine.scheduler.schedule
 
