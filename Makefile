@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-all test-fast lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -23,6 +23,9 @@ demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream 
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-k eviction")
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## the tests and those marked slow: every model family, every refused model
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## the tests that need no engine

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -12,7 +13,38 @@ from sink_vllm.worker.self_test import self_test
 
 
 class StreamingLLMCPUModelRunner(StreamingLLMRunnerV1, CPUModelRunner):
-    """vLLM's V1 CPU model runner under the policy."""
+    """vLLM's V1 CPU model runner under the policy.
+
+    Every prompt longer than the capacity arrives in chunks here, and vLLM 0.32 ends the engine
+    when a request with a seed is prefilled in chunks on a CPU: after each chunk but the last it
+    takes back the random numbers drawn for nothing with ``Generator.set_offset``, which torch has
+    for CUDA only. So those rows' generators are put back to their state here, and kept out of
+    vLLM's sight while it looks for them.
+    """
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        states = {row: gen.get_state() for row, gen in self._generators_to_restore().items()}
+        output = super()._sample(*args, **kwargs)
+        for row, state in states.items():
+            self.input_batch.generators[row].set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._generators_to_restore()
+        for row in hidden:
+            del self.input_batch.generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(hidden)
+
+    def _generators_to_restore(self) -> dict[int, torch.Generator]:
+        """Generators of the rows whose sampled token is discarded, by row."""
+        generators = self.input_batch.generators
+        if not generators:
+            return {}
+        discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+        return {int(row): generators[int(row)] for row in discarded if int(row) in generators}
 
 
 class StreamingLLMCPUModelRunnerV2(StreamingLLMRunnerV2, CPUModelRunnerV2):
