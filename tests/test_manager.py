@@ -7,6 +7,7 @@ after every step is then the definition of the method: cache slot ``i`` of a str
 """
 
 import itertools
+import logging
 from dataclasses import dataclass, field
 
 import pytest
@@ -342,3 +343,21 @@ def test_a_resumed_stream_leaves_the_pool_alone_when_pages_are_short() -> None:
     assert pool.num_free == rest
     assert "b" not in pool.manager.req_to_blocks
     pool.blocks.free_blocks(taken)
+
+
+def test_evictions_are_logged_once_in_a_thousand(caplog: pytest.LogCaptureFixture) -> None:
+    """One line per 1,000 evictions, however many streams make them."""
+    schedule = Schedule(sink_tokens=4, window=4, stride=4)
+    pool = Pool(schedule, 20)
+    run = Run(pool, "a", list(range(5)))
+    vllm_logger = logging.getLogger("vllm")
+    vllm_logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "vllm")
+    try:
+        while run.stream.evictions < 2500:
+            assert run.step()
+    finally:
+        vllm_logger.removeHandler(caplog.handler)
+
+    lines = [record.getMessage() for record in caplog.records if "so far" in record.getMessage()]
+    assert [line.split()[1] for line in lines] == ["1000", "2000"]

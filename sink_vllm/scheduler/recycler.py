@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
@@ -15,6 +16,11 @@ from sink_vllm.scheduler.hashing import PageHasher
 from sink_vllm.scheduler.manager import PageChange, StreamingLLMManager
 from sink_vllm.scheduler.stream import Stream, compact, show
 from sink_vllm.stats import StreamingLLMStats
+
+# Below vLLM's own logger, whose handlers print it.
+logger = init_logger(f"vllm.{__name__}")
+
+_EVICTIONS_PER_LOG_LINE = 1000
 
 
 class Recycler:
@@ -38,6 +44,7 @@ class Recycler:
         )
         self.streams: dict[str, Stream] = {}
         self.stats = StreamingLLMStats()
+        self._evictions = 0
         self.report_due: set[str] = set()
         """Requests whose next output should tell the client what was evicted."""
         self.unresolved: set[str] = set()
@@ -232,3 +239,11 @@ class Recycler:
         self.stats.evictions += evictions
         self.stats.tokens += evictions * stream.schedule.stride
         self.report_due.add(request_id)
+        logged = self._evictions // _EVICTIONS_PER_LOG_LINE
+        self._evictions += evictions
+        if self._evictions // _EVICTIONS_PER_LOG_LINE > logged:
+            logger.info(
+                "StreamingLLM: %d evictions so far; %d streams are open.",
+                self._evictions,
+                len(self.streams),
+            )

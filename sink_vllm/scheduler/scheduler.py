@@ -31,7 +31,8 @@ from sink_vllm.plan import REPORT_KEY, Resent, StepPlan
 from sink_vllm.scheduler.manager import StreamingLLMManager
 from sink_vllm.scheduler.recycler import Recycler
 
-logger = init_logger(__name__)
+# Below vLLM's own logger, whose handlers print it.
+logger = init_logger(f"vllm.{__name__}")
 
 _NO_LENGTH_LIMIT = 2**31 - 1
 """Stands in for ``max_model_len`` where vLLM would end a request that reached it."""
