@@ -99,6 +99,8 @@ class Engine:
     after_step: list[Callable[[], None]] = field(default_factory=list)
     poisoned: set[int] = field(default_factory=set)
     num_poisoned: int = 0
+    broken: bool = False
+    """A step was left by an exception: requests hang in the engine, nothing more is learnt."""
 
     @property
     def core(self) -> Any:
@@ -128,6 +130,7 @@ class Engine:
         priority: list[int] | None = None,
     ) -> list[RequestOutput]:
         """Run all prompts as one batch."""
+        assert not self.broken, "an earlier test broke this engine"
         return self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
             params,
@@ -167,9 +170,11 @@ class Engine:
             return blocks
 
         def observed_step() -> Any:
+            self.broken = True
             outputs = step()
             for observe in self.after_step:
                 observe()
+            self.broken = False
             return outputs
 
         self.pool.get_new_blocks = get_clean_blocks
