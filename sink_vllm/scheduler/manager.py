@@ -15,11 +15,13 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.request import Request
 
 from sink_vllm.plan import PageMove
 from sink_vllm.schedule import EvictionPages, RopeAnchors, Schedule
 from sink_vllm.scheduler.spec import StreamingLLMSpec
+
+_ALL_PAGES = 2**31 - 1
+"""As the number of pages already hashed: hash no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,9 @@ class StreamingLLMManager(FullAttentionManager):
         table[:] = [*heads, *kept]
         if request_id in self.num_cached_block:
             # Head pages count as hashed, so that they never are.
-            cached = self.num_cached_block[request_id] - pages.dropped
-            self.num_cached_block[request_id] = max(cached, pages.sinks)
+            cached = self.num_cached_block[request_id]
+            if cached != _ALL_PAGES:
+                self.num_cached_block[request_id] = max(cached - pages.dropped, pages.sinks)
         moves += self._sink_moves(schedule, sources, table, sink_delta)
         return PageChange(moves, retained)
 
@@ -271,10 +274,9 @@ class StreamingLLMManager(FullAttentionManager):
 
     # -- what vLLM calls --------------------------------------------------------------------
 
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Hash full pages, as long as the request knows hashes for them."""
-        known = len(request.block_hashes) * self.block_size
-        super().cache_blocks(request, min(num_tokens, known), *args, **kwargs)
+    def stop_hashing(self, request_id: str) -> None:
+        """Let no further page of a request into the prefix cache."""
+        self.num_cached_block[request_id] = _ALL_PAGES
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The pages of a request that ends or is preempted: sink pages first, then the table."""

@@ -43,6 +43,8 @@ class Recycler:
             PageHasher(manager.block_size, hash_function) if hash_function is not None else None
         )
         self.streams: dict[str, Stream] = {}
+        self.dirty: set[str] = set()
+        """Requests the workers have an outdated copy of: sent again with their next tokens."""
         self.stats = StreamingLLMStats()
         self._evictions = 0
         self.report_due: set[str] = set()
@@ -92,6 +94,7 @@ class Recycler:
         """Forget a request that ended; returns its account if it evicted anything."""
         stream = self.streams.pop(request.request_id)
         self.report_due.discard(request.request_id)
+        self.dirty.discard(request.request_id)
         self.unresolved.discard(request.request_id)
         return stream.report(request) if stream.evictions else None
 
@@ -105,7 +108,7 @@ class Recycler:
         stream.chain_evictions = stream.evicted_from_chain = 0
         if stream.evictions:
             # The workers must hear of it even if they never heard of the last eviction.
-            stream.dirty = True
+            self.dirty.add(request.request_id)
             if self.hasher is not None:
                 self.hasher.install(request, stream)
 
@@ -113,7 +116,7 @@ class Recycler:
 
     def is_full(self, request: Request) -> bool:
         """Whether the cache is full, one more token must be computed, and none is in flight."""
-        capacity = self.streams[request.request_id].schedule.capacity
+        capacity = self.streams[request.request_id].capacity
         return (
             request.num_computed_tokens == capacity
             and request.num_in_flight_tokens == 0
@@ -136,6 +139,7 @@ class Recycler:
             return False
         self._apply(request, change)
         compact(request, stream)
+        self.dirty.add(request.request_id)
         if self.hasher is not None:
             self._evict_hashes(request, stream.schedule)
         stream.reanchorings += reanchor
@@ -152,6 +156,7 @@ class Recycler:
         else:
             request._block_hasher = None
             request.block_hashes.clear()
+            self.manager.stop_hashing(request.request_id)
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
@@ -189,7 +194,7 @@ class Recycler:
         stream.evicted = stream.evicted_from_chain = evictions * schedule.stride
         stream.reanchorings = self.manager.anchors.reanchorings(evictions)
         stream.last_hash = hashes[boundary - 1]
-        stream.dirty = True
+        self.dirty.add(request.request_id)
         cached = [tokens[p] for p in schedule.cached_positions(computed + 1) if p < computed]
         show(request, stream, cached, tokens[computed:], schedule.capacity + 1)
         request.num_computed_tokens = len(cached)

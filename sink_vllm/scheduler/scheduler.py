@@ -105,8 +105,12 @@ class StreamingLLMMixin(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._pause_state != PauseState.PAUSED_ALL:
-            for request in [r for r in self.running if self.recycler.is_full(r)]:
-                self._evict(request)
+            streams = self.recycler.streams
+            for request in [
+                r for r in self.running if r.num_computed_tokens >= streams[r.request_id].capacity
+            ]:
+                if self.recycler.is_full(request):
+                    self._evict(request)
         if self.recycler.unresolved and self._pause_state == PauseState.UNPAUSED:
             self._resume_waiting()
         output = super().schedule(throttle_prefills)
@@ -116,13 +120,12 @@ class StreamingLLMMixin(Scheduler):
             resent={
                 data.req_id: self._resent_state(data.req_id)
                 for data in output.scheduled_new_reqs
-                if self.recycler.streams[data.req_id].dirty
+                if data.req_id in self.recycler.dirty
             },
         )
         if plan:
             setattr(output, StepPlan.ATTRIBUTE, plan)
-        for req_id in plan.resent:
-            self.recycler.streams[req_id].dirty = False
+        self.recycler.dirty.difference_update(plan.resent)
         self.recycler.release()
         return output
 
@@ -162,7 +165,8 @@ class StreamingLLMMixin(Scheduler):
         """Correct what vLLM says of new requests, and add those that are sent again."""
         for data in output.scheduled_new_reqs:
             request, stream = self.requests[data.req_id], self.recycler.streams[data.req_id]
-            stats, known = request.prefill_stats, stream.dirty or request.num_preemptions
+            known = data.req_id in self.recycler.dirty or request.num_preemptions
+            stats = request.prefill_stats
             if stats is not None and stream.pending and not known:
                 # vLLM's statistics count whole prompts, not just what the engine sees at once.
                 stats.set(
@@ -174,12 +178,12 @@ class StreamingLLMMixin(Scheduler):
         self._resent = []
         if self.use_v2_model_runner:
             for data in output.scheduled_new_reqs:
-                stream, params = self.recycler.streams[data.req_id], data.sampling_params
-                if stream.dirty and params is not None and params.min_tokens:
+                params = data.sampling_params
+                if data.req_id in self.recycler.dirty and params is not None and params.min_tokens:
                     # That runner samples with stream positions, and compares them with prompt
                     # length plus min_tokens.
                     data.sampling_params = copy(params)
-                    data.sampling_params.min_tokens += stream.evicted
+                    data.sampling_params.min_tokens += self.recycler.streams[data.req_id].evicted
 
     def _resent_state(self, req_id: str) -> Resent:
         stream = self.recycler.streams[req_id]
@@ -198,11 +202,7 @@ class StreamingLLMMixin(Scheduler):
         req_to_new_blocks: dict[str, KVCacheBlocks],
     ) -> CachedRequestData:
         """Divert requests the workers have an outdated copy of: they leave as new requests."""
-        dirty = {
-            request.request_id
-            for request in (*running_reqs, *resumed_reqs)
-            if self.recycler.streams[request.request_id].dirty
-        }
+        dirty = self.recycler.dirty
         if dirty:
             self._resent = [
                 NewRequestData.from_request(
@@ -225,9 +225,6 @@ class StreamingLLMMixin(Scheduler):
 
     # -- limits -----------------------------------------------------------------------------
 
-    def _capacity_of(self, request: Request) -> int:
-        return self.recycler.streams[request.request_id].schedule.capacity
-
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
@@ -239,7 +236,8 @@ class StreamingLLMMixin(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        return max(min(num_new_tokens, self._capacity_of(request) - num_computed_tokens), 0)
+        room = self.recycler.streams[request.request_id].capacity - num_computed_tokens
+        return num_new_tokens if num_new_tokens <= room else max(room, 0)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Leave at least one token below the capacity to compute.
@@ -248,7 +246,7 @@ class StreamingLLMMixin(Scheduler):
         waiting loop stops for good at a request it cannot give a token.
         """
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        capacity = self._capacity_of(request)
+        capacity = self.recycler.streams[request.request_id].capacity
         if num_tokens >= capacity:
             num_tokens = (capacity - 1) // self.block_size * self.block_size
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)

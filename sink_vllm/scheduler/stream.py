@@ -31,8 +31,11 @@ class Stream:
     evicted_from_chain: int = 0
     last_hash: BlockHash | None = None
     """Hash of the last full page; goes on being the parent when its page is evicted."""
-    dirty: bool = False
-    """The workers' copy of the token list is out of date: send it again with the next tokens."""
+    capacity: int = field(init=False)
+    """Of the schedule; read several times per step and stream."""
+
+    def __post_init__(self) -> None:
+        self.capacity = self.schedule.capacity
 
     def report(self, request: Request) -> dict[str, int]:
         """The machine-readable account that goes into the response."""
@@ -99,4 +102,3 @@ def compact(request: Request, stream: Stream) -> None:
     stream.evictions += 1
     stream.evicted_from_chain += schedule.stride
     stream.chain_evictions += 1
-    stream.dirty = True
