@@ -16,6 +16,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     job = json.load(sys.stdin)
     llm = LLM(
@@ -28,7 +29,8 @@ def main() -> None:
         additional_config=job["policy"],
     )
     params = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], params)
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, params)
     streams = [
         {"tokens": list(o.outputs[0].token_ids), "report": o.kv_transfer_params} for o in outputs
     ]
