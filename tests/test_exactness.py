@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from sink_vllm.worker import rope_table
 from tests.conftest import ModelFactory
 from tests.engine import Engine, Policy, check_all_free, running_engine
 from tests.judge import judge, random_tokens
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.engine
 MHA = TinyLlama(max_positions=384)
 GQA = TinyLlama(heads=4, kv_heads=2, layers=2, max_positions=320, seed=1)
 SCALED = TinyLlama(heads=4, kv_heads=1, layers=2, max_positions=512, rope=LLAMA3_ROPE, seed=2)
+SHORT = TinyLlama(max_positions=160, seed=3)
 NUM_TOKENS = 2_000
 
 
@@ -33,6 +35,8 @@ class Case:
     """Tokens per engine step (``max_num_batched_tokens``)."""
     caching: bool = False
     num_tokens: int = NUM_TOKENS
+    table_capacities: int | None = None
+    """Rows of the RoPE table in capacities, to re-anchor more often than the default does."""
 
 
 CASES = {
@@ -45,6 +49,9 @@ CASES = {
     "forty sinks, wide stride": Case(Policy(40, 33, 64), GQA, budget=2048),
     "aligned sinks": Case(Policy(64, 32, 32), SCALED, budget=512, caching=True),
     "window below a page": Case(Policy(4, 1, 32), MHA, budget=512),
+    "re-anchored every second time": Case(
+        Policy(4, 92, 32), SHORT, budget=200, caching=True, table_capacities=1
+    ),
     "truncate, four sinks": Case(Policy(4, 124, 64, "truncate"), MHA, budget=300),
     "truncate, forty sinks": Case(Policy(40, 57, 32, "truncate"), GQA, budget=32, caching=True),
 }
@@ -61,14 +68,17 @@ class Setup:
 def setup(request: pytest.FixtureRequest, tiny_llama: ModelFactory) -> Iterator[Setup]:
     case = CASES[request.param]
     folder = tiny_llama(case.shape)
-    with running_engine(
-        folder,
-        case.policy,
-        max_num_batched_tokens=case.budget,
-        enable_prefix_caching=case.caching,
-    ) as engine:
-        yield Setup(case, engine, Oracle(folder))
-        check_all_free(engine)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.table_capacities:
+            patch.setattr(rope_table, "TABLE_CAPACITIES", case.table_capacities)
+        with running_engine(
+            folder,
+            case.policy,
+            max_num_batched_tokens=case.budget,
+            enable_prefix_caching=case.caching,
+        ) as engine:
+            yield Setup(case, engine, Oracle(folder))
+            check_all_free(engine)
 
 
 def prompts_around(policy: Policy) -> list[list[int]]:
