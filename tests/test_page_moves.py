@@ -15,6 +15,7 @@ from sink_vllm.worker.key_pages import key_pages_for
 from sink_vllm.worker.layout_strided import StridedKeyPages
 from sink_vllm.worker.move_plan import MovePlan
 from sink_vllm.worker.page_moves import PageMover
+from sink_vllm.worker.page_turner import split_turns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Rotated keys are rounded once; products were rounded to float32 before, in another order.
@@ -280,6 +281,37 @@ def test_moved_keys_equal_keys_written_at_the_later_position(neox: bool, dtype: 
         error = (moved[name][0] - written[name][0]).norm(dim=-1) / written[name][0].norm(dim=-1)
         assert float(error.max()) <= max(4 * torch.finfo(paged.dtype).eps, 2e-4)
         assert torch.equal(moved[name][1], written[name][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("neox", [True, False], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("head_size", [32, 80])
+def test_a_page_rotated_in_place_equals_one_rotated_on_its_way(
+    head_size: int, neox: bool, dtype: str
+) -> None:
+    """Bit for bit, or a shared window page would differ from its owner's (``PageTurner``)."""
+    paged = PagedLayers(head_size=head_size, is_neox=neox, dtype=DTYPES[dtype])
+    mover = PageMover(paged.attention_layers, paged.block_size)
+    fill(paged)
+
+    mover.run([PageMove(1, 2, 0, 32, -640), PageMove(5, 6, 0, 32, 96)])
+    turns, others = split_turns([PageMove(1, 1, 0, 32, -640), PageMove(5, 5, 0, 32, 96)], 32)
+    assert len(turns) == 2
+    assert not others
+    mover.run(turns)
+
+    for in_place, copied in ((1, 2), (5, 6)):
+        there, here = mover.read_page(copied), mover.read_page(in_place)
+        for name in paged.names:
+            assert torch.equal(here[name][0], there[name][0])
+            assert torch.equal(here[name][1], there[name][1])
+
+
+def test_a_page_that_another_move_reads_is_not_turned_before() -> None:
+    whole, partial = PageMove(3, 3, 0, 32, 64), PageMove(4, 4, 0, 31, 64)
+    reading, alone = PageMove(3, 5, 0, 32, 0), PageMove(6, 6, 0, 32, 64)
+
+    assert split_turns([whole, partial, reading, alone], 32) == ([alone], [whole, partial, reading])
 
 
 def test_caches_may_be_bound_again() -> None:

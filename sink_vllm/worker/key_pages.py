@@ -9,6 +9,7 @@ implementation per family of layouts:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -49,6 +50,25 @@ class KeyPages(ABC):
         values: torch.Tensor,
     ) -> None:
         """Write keys (float32, rounded to nearest even) and values (copied), shaped as read."""
+
+    def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
+        """The part of a layer's cache that holds keys and nothing else.
+
+        Returns:
+            A view ``[blocks, heads, tokens, head_size]`` in which every head of a page is one
+            run of memory; ``None`` (the default) where keys and values alternate.
+        """
+        return None
+
+    def rotate_parts(self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None]) -> None:
+        """Rotate all keys of scratch copies of ``key_part`` in place.
+
+        Args:
+            parts: ``[n, layers, heads * tokens * head_size]``.
+            rotate: rotates float32 ``[n, layers, tokens, heads, head_size]``, of any strides, in
+                place.
+        """
+        raise NotImplementedError
 
 
 def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:

@@ -11,6 +11,8 @@ op that packs and none that unpacks, so:
   on the page, is refused.
 """
 
+from collections.abc import Callable
+
 import torch
 from vllm import _custom_ops as ops
 
@@ -42,6 +44,7 @@ class CPUKeyPages(KeyPages):
         keys, values = self._learn(layer)
         self._key_at = _Places.of(keys, store.page_size // heads)
         self._value_at = _Places.of(values, store.page_size // heads)
+        self._key_in_half = _Places.of(keys, store.page_size // heads // 2)
 
     def read_keys(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         keys = self._key_at.read(pages, self._heads, begin, end)
@@ -75,6 +78,21 @@ class CPUKeyPages(KeyPages):
             slots,
             self._isa,
         )
+
+    def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
+        """The half of each head that the op was given for keys, if they are regular in it."""
+        if not isinstance(self._key_in_half, _RegularPlaces):
+            return None  # gathering and scattering them would cost more than whole pages do
+        blocks, heads = cache.shape[:2]
+        halves = cache.view(blocks, heads, 2 * self._tokens, self._head_size)
+        return halves[:, :, : self._tokens]
+
+    def rotate_parts(self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None]) -> None:
+        keys = self._key_in_half.read(parts, self._heads, 0, self._tokens)
+        exact = keys.to(torch.float32)  # the same memory if it is float32 already
+        rotate(exact)
+        if exact is not keys:
+            keys.copy_(exact)
 
     def _learn(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Where keys and values of a head are in its part of a page.

@@ -21,6 +21,7 @@ from sink_vllm.worker.key_pages import KeyPages, key_pages_for
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.move_plan import MovePlan, Overlay, independent_batches
 from sink_vllm.worker.page_store import PageStore
+from sink_vllm.worker.page_turner import PageTurner, split_turns
 from sink_vllm.worker.rotation import Rotation
 
 # Scratch pages of a batch, in bytes. On a CPU they should stay in the second-level cache between
@@ -75,7 +76,7 @@ class PageMover:
             layer.name: (keys[i], values[i])
             for group in self._bound_groups()
             for keys, values in [group.read_page(page)]
-            for i, layer in enumerate(group.store.layers)
+            for i, layer in enumerate(group.layers)
         }
 
     @torch.inference_mode()
@@ -89,7 +90,7 @@ class PageMover:
         self._groups = []
 
     def _bound_groups(self) -> "list[_LayerGroup]":
-        if not self._groups or not all(group.store.is_bound() for group in self._groups):
+        if not self._groups or not all(group.is_bound() for group in self._groups):
             by_kind: dict[object, list[AttentionLayer]] = {}
             for layer in self.layers:
                 cache = layer.kv_cache
@@ -113,7 +114,9 @@ class _LayerGroup:
     def __init__(
         self, layers: Sequence[AttentionLayer], block_size: int, key_pages: KeyPagesFactory
     ) -> None:
-        self.store = PageStore(layers)
+        self.layers = list(layers)
+        names = [layer.name for layer in layers]
+        self.store = PageStore(names, [layer.kv_cache for layer in layers])
         self.pages = key_pages(layers[0], self.store)
         self.rotation: Rotation | None = layers[0].rotation
         tokens = self.store.page_shape[1]
@@ -127,13 +130,33 @@ class _LayerGroup:
         budget = _SCRATCH_BYTES.get(self.store.device.type, _SCRATCH_BYTES_GPU)
         self.budget = max(budget // (self.store.page_size * self.store.dtype.itemsize), 1)
         """Scratch pages per batch, layers times pages."""
+        parts = [self.pages.key_part(cache) for cache in self.store.caches]
+        key_parts = [part for part in parts if part is not None]
+        self.turner = (
+            PageTurner(PageStore(names, key_parts), self.pages, self.rotation, budget)
+            if self.rotation is not None and key_parts
+            else None
+        )
+
+    def is_bound(self) -> bool:
+        """Whether the layers still have the caches this group was made for."""
+        return all(
+            layer.kv_cache is cache
+            for layer, cache in zip(self.layers, self.store.caches, strict=True)
+        )
 
     def run(self, moves: Sequence[PageMove]) -> None:
         if self.split > 1:
             moves = list(_in_kernel_pages(moves, self.tokens, self.split))
+        if self.turner is not None:
+            turns, moves = split_turns(moves, self.tokens)
+            if turns:
+                self.turner.run(turns)
+            if not moves:
+                return
         for batch in independent_batches(moves, self.budget):
             plan = MovePlan.of(batch, self.tokens)
-            layers = len(self.store.layers)
+            layers = len(self.layers)
             step = max(min(layers, self.budget // len(plan.pages)), 1)
             prepared = _Prepared(plan, self.store.device, self.rotation)
             for first in range(0, layers, step):
@@ -161,7 +184,7 @@ class _LayerGroup:
     def read_page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[layers, block_size, heads, size]`` of a page of the scheduler."""
         index = page * self.split + torch.arange(self.split, device=self.store.device)
-        scratch = self.store.gather(index, 0, len(self.store.layers), 0)
+        scratch = self.store.gather(index, 0, len(self.layers), 0)
         keys = self.pages.read_keys(scratch, 0, self.tokens)
         values = self.pages.read_values(scratch, 0, self.tokens)
         return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2).clone()

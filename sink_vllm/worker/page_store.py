@@ -20,8 +20,6 @@ from collections.abc import Sequence
 
 import torch
 
-from sink_vllm.worker.layers import AttentionLayer
-
 # Runs are moved in the widest words they divide into. Floating-point words, because torch's
 # ``index_copy_`` is vectorised for them on CPUs and not for integers (3 to 4 times slower for
 # int64); they are loaded and stored only, so every bit pattern survives.
@@ -35,14 +33,18 @@ class PageStore:
     page ordered as ``page_shape`` and ``page_strides`` say.
     """
 
-    def __init__(self, layers: Sequence[AttentionLayer]) -> None:
-        """Find the runs of the pages of ``layers``, as bound now.
+    def __init__(self, names: Sequence[str], caches: Sequence[torch.Tensor]) -> None:
+        """Find the runs of the pages of some layers.
+
+        Args:
+            names: of the layers, for messages.
+            caches: ``[blocks, heads, tokens, content]`` each: their caches, or the same part of
+                each of them.
 
         Raises:
             ValueError: the caches are not in one buffer of equal runs; names the layer.
         """
-        self.layers = list(layers)
-        self.caches = [layer.kv_cache for layer in layers]
+        self.caches = list(caches)
         first = self.caches[0]
         self.dtype = first.dtype
         self.device = first.device
@@ -60,14 +62,14 @@ class PageStore:
         self.page_size = heads * tokens * content
         run = self.page_size // runs
         starts = [int(cache.storage_offset()) for cache in self.caches]
-        for layer, cache in zip(self.layers, self.caches, strict=True):
+        for name, cache in zip(names, self.caches, strict=True):
             if (
                 not _dense(run_shape, strides[-len(run_shape) :])
                 or (cache.shape, cache.stride(), cache.dtype) != (first.shape, strides, first.dtype)
                 or cache.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
             ):
                 raise ValueError(
-                    f"{layer.name}: its KV cache {tuple(cache.shape)} with strides "
+                    f"{name}: its KV cache {tuple(cache.shape)} with strides "
                     f"{cache.stride()} is not made of equal runs of memory; set "
                     f"VLLM_KV_CACHE_LAYOUT=LBHNC, or serve this model with --kv-policy full."
                 )
@@ -103,12 +105,6 @@ class PageStore:
         rows = self._rows_of(pages, first, last)
         words = scratch.view(-1).view(self._word).view(rows.shape[0], -1)
         self._rows.index_copy_(0, rows, words)
-
-    def is_bound(self) -> bool:
-        """Whether the layers still have the caches this store was made for."""
-        return all(
-            layer.kv_cache is cache for layer, cache in zip(self.layers, self.caches, strict=True)
-        )
 
     def _rows_of(self, pages: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Rows of pages: int64 ``[n * layers * rows per page]``."""

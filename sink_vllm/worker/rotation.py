@@ -12,13 +12,12 @@ business of the layer's rotary module, so nothing about it is configured here:
 - yarn's magnitude is in the stored key already. The rows used here are pure rotations, it is
   never applied a second time.
 
-Keys are rotated in float32 by vLLM's own rotary kernel, with a table of ours.
+Keys are rotated in float32, with a table of ours.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.rotary_embedding import (
     _ROPE_DICT,
     DynamicNTKAlphaRotaryEmbedding,
@@ -178,19 +177,25 @@ class Rotation:
     def rotate(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
         """Rotate in place.
 
+        Element by element and in one order of operations, so that a key becomes the same bits
+        wherever it lies: a page that is rotated where it is, and one that is rotated on its way
+        to another page, stay interchangeable.
+
         Args:
-            keys: float32 ``[n, ..., head_size]``, contiguous; all of ``keys[i]`` is rotated by
-                the delta of ``rows[i]``.
+            keys: float32 ``[n, ..., head_size]``, of any strides; all of ``keys[i]`` is rotated
+                by the delta of ``rows[i]``.
             rows: what ``rows_of`` returned: int64 ``[n]``.
         """
-        ops.rotary_embedding(
-            rows,
-            keys.view(keys.shape[0], -1),
-            None,
-            self.head_size,
-            self._table,
-            self.is_neox,
-        )
+        shape = (len(rows), *(1 for _ in keys.shape[2:]), self.rotary_dim)
+        cos, sin = self._table[rows].view(shape).chunk(2, dim=-1)
+        half = self.rotary_dim // 2
+        if self.is_neox:
+            first, second = keys[..., :half], keys[..., half : 2 * half]
+        else:
+            first, second = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
+        rotated = (first * cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).addcmul_(first, sin)
+        first.copy_(rotated)
 
     def _check_table(self, layer: str) -> None:
         """Compare the frequencies with the table the model really uses.
