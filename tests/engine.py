@@ -19,6 +19,7 @@ import torch
 from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams, TokensPrompt
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.logprobs import Logprob
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 BLOCK_SIZE = 32  # the smallest page of vLLM's CPU attention
@@ -223,6 +224,25 @@ def running_engine(
             del engine.llm
             gc.collect()
             cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def asynchronous_scheduling() -> Iterator[None]:
+    """Let engines started inside use it on CPUs, if they ask for it.
+
+    vLLM's CPU platform switches it off at the end of its own checks; it works when it is switched
+    on again.
+    """
+    check: Callable[[Any], None] = CpuPlatform.check_and_update_config
+
+    def check_and_keep(vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_keep))
+        yield
 
 
 def free_pages(pool: Any) -> list[KVCacheBlock]:

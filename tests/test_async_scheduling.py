@@ -1,18 +1,19 @@
-"""Asynchronous scheduling, vLLM's default on GPUs, gives the streams of the synchronous one.
+"""Asynchronous scheduling, vLLM's default on GPUs, gives the streams of the synchronous one."""
 
-vLLM's CPU platform switches it off at the end of its own checks; it works there when it is
-switched on again, so that is what the fixture does.
-"""
-
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from tests.conftest import ModelFactory
-from tests.engine import Engine, Policy, check_all_free, greedy_params, running_engine
+from tests.engine import (
+    Engine,
+    Policy,
+    asynchronous_scheduling,
+    check_all_free,
+    greedy_params,
+    running_engine,
+)
 from tests.judge import judge, random_tokens
 from tests.oracle import Oracle, penalties
 from tests.tiny_models import TinyLlama
@@ -26,25 +27,20 @@ PROMPTS = [random_tokens(length, length) for length in (3, 127, 128, 129, 200, 5
 
 @pytest.fixture(scope="module")
 def engine(tiny_llama: ModelFactory) -> Iterator[Engine]:
-    check: Callable[[Any], None] = CpuPlatform.check_and_update_config
-
-    def check_and_switch_on(vllm_config: Any) -> None:
-        check(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_switch_on))
-        with running_engine(
+    with (
+        asynchronous_scheduling(),
+        running_engine(
             tiny_llama(SHAPE),
             POLICY,
             max_num_batched_tokens=100,
             enable_prefix_caching=True,
             async_scheduling=True,
-        ) as engine:
-            assert isinstance(engine.scheduler, AsyncScheduler)
-            assert engine.core.batch_queue is not None
-            yield engine
-            check_all_free(engine)
+        ) as engine,
+    ):
+        assert isinstance(engine.scheduler, AsyncScheduler)
+        assert engine.core.batch_queue is not None
+        yield engine
+        check_all_free(engine)
 
 
 @pytest.fixture(scope="module")

@@ -106,10 +106,13 @@ def test_prompt_logprobs_only_within_the_capacity(process: Process, num_tokens: 
         process(num_tokens, params)
 
 
-def test_streaming_input_sessions(process: Process, stock_process: Process) -> None:
-    with pytest.raises(VLLMValidationError, match="resumable"):
-        process(10, SamplingParams(), resumable=True)
-    assert stock_process(10, SamplingParams(), resumable=True).resumable
+def test_streaming_input_sessions(process: Process) -> None:
+    """They run without end; one that must not be evicted from has no length to check."""
+    assert process(10, SamplingParams(), resumable=True).resumable
+    full = SamplingParams(extra_args={"kv_policy": "full"}, max_tokens=5)
+    assert process(10, full.clone()).sampling_params is not None
+    with pytest.raises(VLLMValidationError, match=r"kv_policy: a streaming input session .*leave"):
+        process(10, full, resumable=True)
 
 
 @pytest.mark.parametrize(

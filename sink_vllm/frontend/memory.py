@@ -8,6 +8,7 @@ token ids, text, held-back text     ``sink_vllm.frontend.detokenizer``
 log-probabilities                   the last few stay (vLLM looks back 4 for split characters)
 deltas a client has not read        at most ``STALLED_AFTER`` tokens, then the request is aborted
 text of a chat response             ``sink_vllm.frontend.streams``
+inputs of a streaming-input session the last one stays
 ==================================  ==========================================================
 
 Deltas that a client has not read yet are merged by vLLM into one, so a slow client catches up
@@ -29,6 +30,7 @@ from vllm.v1.engine.output_processor import (
     OutputProcessorOutput,
     RequestOutputCollector,
     RequestState,
+    StreamingUpdate,
 )
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
@@ -55,8 +57,19 @@ class EndlessRequestState(RequestState):
         self._account = account
         self._stalled = stalled
         self._delta = self.output_kind == RequestOutputKind.DELTA
+        self._discarded = 0  # output tokens that a session's next input took the place of
         if self._delta and self.detokenizer is not None:
             self._endless = make_endless(self.detokenizer, self.prompt_token_ids)
+
+    def apply_streaming_update(self, update: StreamingUpdate) -> None:
+        """Of a session's inputs, only the last one stays; vLLM would keep and send all of them."""
+        before = self.prompt_len
+        if self._delta:
+            self.prompt, self.prompt_token_ids = None, None
+        super().apply_streaming_update(update)
+        self._discarded += 1
+        if self._delta:
+            self.prompt_len += before
 
     def make_request_output(
         self,
@@ -80,8 +93,8 @@ class EndlessRequestState(RequestState):
             )
         self._account.update(self.request_index, kv_transfer_params)
         if finish_reason is not None:
-            position = self.prompt_len + self.detokenizer.num_output_tokens()
-            self._account.close(self.request_index, position)
+            made = self.detokenizer.num_output_tokens() - self._discarded
+            self._account.close(self.request_index, self.prompt_len + made)
         if self._delta and finish_reason is None and self._unread() > STALLED_AFTER:
             self._stalled.append(self.request_id)
         output = super().make_request_output(
@@ -129,9 +142,9 @@ class EndlessOutputProcessor(OutputProcessor):
         queue: RequestOutputCollector | None = None,
     ) -> None:
         super().add_request(request, prompt, parent_req, request_index, queue)
-        state = self.request_states[request.request_id]
-        if isinstance(state, EndlessRequestState):  # a session's next input
-            return
+        state = self.request_states.get(request.request_id)
+        if state is None or isinstance(state, EndlessRequestState):
+            return  # the end of a session, or its next input
         state.__class__ = EndlessRequestState
         assert isinstance(state, EndlessRequestState)
         state.begin(self._account_for(parent_req), self._stalled)

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sink_vllm.config import SinkConfig
+from sink_vllm.config import POLICY_KEY, SinkConfig
 from sink_vllm.frontend.lengths import FRONT_MAX, policy_of
 from sink_vllm.frontend.request_options import PINNED_KEY, apply_options, refuse_options
 from sink_vllm.patching import Patch
@@ -53,10 +53,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "out, or bound the answer with max_tokens",
     ),
     (
-        lambda request, _params, _policy: request.resumable,
-        "resumable",
-        "streaming input sessions are not supported with --kv-policy sink yet; resend the "
-        "conversation instead",
+        lambda request, params, _policy: (
+            request.resumable and (params.extra_args or {}).get(POLICY_KEY) == "full"
+        ),
+        POLICY_KEY,
+        "a streaming input session has no known length, so kv_policy='full' cannot promise that "
+        "it fits; leave kv_policy out",
     ),
 )
 """(is it such a request, the field to blame, why and what to do), first match is raised."""

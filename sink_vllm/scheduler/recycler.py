@@ -90,6 +90,38 @@ class Recycler:
         extra_args = params.extra_args if params is not None else None
         return RequestPolicy.parse(extra_args, self.config) or self.config.schedule
 
+    def extend(self, request: Request, tokens: list[int]) -> list[int]:
+        """Take in the next input of a session, which goes on behind its computed tokens.
+
+        Args:
+            request: a session between two inputs; the token it sampled last is discarded by vLLM.
+            tokens: what the client sends next, of any length.
+
+        Returns:
+            The start of ``tokens``, as much as the engine gets to see now.
+        """
+        stream = self.streams[request.request_id]
+        if self.hasher is not None:
+            self._drop_hashes(request, stream)
+        room = stream.capacity + 1 - request.num_computed_tokens
+        stream.pending = array("i", tokens[room:])
+        stream.pending.reverse()
+        if stream.chain_evictions:
+            # The workers take a session's next input for a request at rope offset 0.
+            self.dirty.add(request.request_id)
+        return tokens[:room]
+
+    def _drop_hashes(self, request: Request, stream: Stream) -> None:
+        """Forget hashes of pages with tokens that are not computed, before vLLM drops them."""
+        full = request.num_computed_tokens // self.manager.block_size
+        if full >= len(request.block_hashes):
+            return
+        if full == 0 and stream.evicted_from_chain:
+            self._stop_hashing(request)  # the parent of the dropped hash is not known any more
+        else:
+            del request.block_hashes[full:]
+            stream.last_hash = request.block_hashes[-1] if full else None
+
     def close(self, request: Request) -> dict[str, int] | None:
         """Forget a request that ended; returns its account if it evicted anything."""
         stream = self.streams.pop(request.request_id)
@@ -154,9 +186,12 @@ class Recycler:
             del request.block_hashes[pages.sink_full : pages.sink_full + pages.dropped]
             request.update_block_hashes()
         else:
-            request._block_hasher = None
-            request.block_hashes.clear()
-            self.manager.stop_hashing(request.request_id)
+            self._stop_hashing(request)
+
+    def _stop_hashing(self, request: Request) -> None:
+        request._block_hasher = None
+        request.block_hashes.clear()
+        self.manager.stop_hashing(request.request_id)
 
     # -- resuming from the prefix cache -----------------------------------------------------
 

@@ -10,6 +10,7 @@ loop. Its compacted state reaches the workers the way vLLM's streaming input ses
 import itertools
 import time
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -24,7 +25,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.plan import REPORT_KEY, Resent, StepPlan
@@ -87,6 +88,11 @@ class StreamingLLMMixin(Scheduler):
             self.recycler.open(request)
         super().add_request(request)
 
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """The next input of a session may be longer than its cache."""
+        visible = self.recycler.extend(session, update.prompt_token_ids or [])
+        super()._update_request_as_session(session, replace(update, prompt_token_ids=visible))
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.recycler.preempted(request)
@@ -111,6 +117,8 @@ class StreamingLLMMixin(Scheduler):
             ]:
                 if self.recycler.is_full(request):
                     self._evict(request)
+            if self.kv_holding_waiting:
+                self._evict_waiting_sessions()
         if self.recycler.unresolved and self._pause_state == PauseState.UNPAUSED:
             self._resume_waiting()
         output = super().schedule(throttle_prefills)
@@ -134,6 +142,12 @@ class StreamingLLMMixin(Scheduler):
         # An eviction earlier in this step may have preempted it.
         while request.status == RequestStatus.RUNNING and not self.recycler.evict(request):
             self._preempt_lowest_priority()
+
+    def _evict_waiting_sessions(self) -> None:
+        """A session may be full when its next input arrives; vLLM could give it no token."""
+        for request in list(self.kv_holding_waiting):
+            if request.status == RequestStatus.WAITING and self.recycler.is_full(request):
+                self.recycler.evict(request)  # when pages are short, it waits for some
 
     def _preempt_lowest_priority(self) -> None:
         """Preempt whom vLLM would preempt when pages run out."""
