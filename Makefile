@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast lint format clean
+.PHONY: help install demo test test-all test-fast fuzz lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -27,6 +27,10 @@ test: $(STAMP) ## run the tests (ARGS="-k eviction")
 
 test-all: $(STAMP) ## the tests and those marked slow: every model family, every refused model
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(STAMP) ## requests made up from the server's OpenAPI schema (/v1/streams, options of requests)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[fuzz]"
+	@$(BIN)/python -m pytest tests/test_fuzz.py -p no:schemathesis $(ARGS)
 
 test-fast: $(STAMP) ## the tests that need no engine
 	@$(BIN)/python -m pytest -m "not engine and not server and not slow and not gpu" $(ARGS)

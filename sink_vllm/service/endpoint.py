@@ -39,6 +39,12 @@ router = APIRouter(tags=["streams"])
 
 _STATE = "streaming_llm_streams"
 _DONE = "data: [DONE]\n\n"
+_EVENT = {
+    "type": "object",
+    "description": "A server-sent event: `Delta`, the account, or the text `[DONE]`.",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 _StreamId = Annotated[str, Path(description="As answered when the stream was created.")]
 
 
@@ -105,7 +111,7 @@ async def create_stream(request: CreateStream, service: Service) -> StreamInfo:
             "model": Appended,
             "description": "The account of the turn; with `stream`, events of type Delta, then "
             "the account, then `[DONE]`.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": _EVENT}},
         },
         **_errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
     },
