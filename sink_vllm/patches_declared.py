@@ -13,6 +13,7 @@ PATCHING_MODULES = (
     "sink_vllm.frontend.engine_args",
     "sink_vllm.frontend.clients",
     "sink_vllm.frontend.lengths",
+    "sink_vllm.frontend.renderer",
     "sink_vllm.frontend.requests",
     "sink_vllm.frontend.request_options",
     "sink_vllm.frontend.pin",

@@ -1,0 +1,241 @@
+"""Tokenizing by segment gives the ids of tokenizing the whole, for every kind of tokenizer."""
+
+import ast
+import inspect
+import random
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vllm.engine.arg_utils import EngineArgs
+from vllm.renderers import renderer_from_config
+from vllm.renderers.base import BaseRenderer
+
+from sink_vllm.frontend import segments as module
+from sink_vllm.frontend.lengths import front_view
+from sink_vllm.frontend.renderer import _wrap_tokenize_prompt
+from sink_vllm.frontend.segments import SegmentTokenizer
+from tests.chat_templates import CHATML, tokenizer
+
+MODEL = Path(__file__).parent.parent / "examples" / "models" / "pystream-2.5m"
+WORDS = [
+    "self",
+    " return",
+    "  value ",
+    "\n\n",
+    "é",
+    "İ",
+    "Self",
+    "<",
+    "|>",
+    "im_end",
+    "<|im_",
+    "▁a",
+]
+
+
+def trained(
+    pre_tokenizer: Any, normalizer: Any = None, special: tuple[AddedToken, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with merges, and special tokens."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        inner.normalizer = normalizer
+    inner.decoder = decoders.BPEDecoder()
+    inner.train_from_iterator(
+        ["self return value Self a▁ é i̇ < | > im end _"] * 20,
+        trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"]),
+    )
+    built = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    plain = [
+        AddedToken(name, normalized=False, special=True) for name in ("<|im_start|>", "<|im|>")
+    ]
+    built.add_tokens([*plain, *special])
+    return built
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "byte level": lambda: tokenizer(CHATML),
+    "repository's model": lambda: AutoTokenizer.from_pretrained(MODEL),
+    "space before the first word only": lambda: trained(
+        pre_tokenizers.Metaspace(prepend_scheme="first")
+    ),
+    "space before every segment": lambda: trained(
+        pre_tokenizers.Metaspace(prepend_scheme="always"), normalizers.Prepend("▁")
+    ),
+    "lower case, accents": lambda: trained(
+        pre_tokenizers.Whitespace(),
+        normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.Strip()]),
+    ),
+    "special tokens that take spaces along, and overlap": lambda: trained(
+        pre_tokenizers.Metaspace(),
+        special=(
+            AddedToken("<|im_start|>self", normalized=False, special=True),
+            AddedToken("<mask>", normalized=False, special=True, lstrip=True, rstrip=True),
+            AddedToken("value", normalized=True),
+        ),
+    ),
+}
+
+
+def texts(names: list[str], seed: int) -> list[str]:
+    """Conversations that grow, branch and repeat themselves."""
+    rng = random.Random(seed)
+    pieces = [*WORDS, *names, *names]
+    found, text = [], ""
+    for _ in range(12):
+        text += "".join(rng.choice(pieces) for _ in range(rng.randint(0, 12)))
+        found += [text, text[rng.randint(0, len(text)) :]]
+    return [*found, "", *names]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_ids_are_those_of_the_whole_text(
+    maker: Callable[[], Any], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_COMPARED", 0)  # nothing may be put right behind the scenes
+    plain = maker()
+    names = [token.content for token in plain.added_tokens_decoder.values()]
+    by_segment = SegmentTokenizer(plain)
+
+    for text in texts(names, seed):
+        assert by_segment.encode(text) == plain(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_only_what_is_new_is_encoded() -> None:
+    plain = AutoTokenizer.from_pretrained(MODEL)
+    special = plain.all_special_tokens[-1]
+    history = special.join(f"message {i}" for i in range(500))
+    seen: list[str] = []
+
+    class Counting:
+        is_fast = True
+        added_tokens_decoder = plain.added_tokens_decoder
+
+        def __call__(self, given: list[str], **options: Any) -> Any:
+            seen.extend(given)
+            return plain(given, **options)
+
+    by_segment = SegmentTokenizer(Counting())
+    for _ in range(module._COMPARED):
+        by_segment.encode(history)
+    seen.clear()
+
+    ids = by_segment.encode(f"{history}{special}and one more")
+
+    assert len(seen) == 1
+    assert seen[0].endswith("and one more")
+    assert ids == plain(f"{history}{special}and one more", add_special_tokens=False)["input_ids"]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REMEMBERED", 400)
+    plain = AutoTokenizer.from_pretrained(MODEL)
+    special = plain.all_special_tokens[-1]
+    by_segment = SegmentTokenizer(plain)
+
+    for i in range(100):
+        text = f"first{special}{'long ' * 5 * i}{special}message {i}"
+        assert by_segment.encode(text) == plain(text, add_special_tokens=False)["input_ids"]
+
+    assert by_segment._remembered.currsize <= 400
+
+
+def test_a_tokenizer_that_looks_across_special_tokens_is_found_out() -> None:
+    plain = AutoTokenizer.from_pretrained(MODEL)
+    special = plain.all_special_tokens[-1]
+
+    class Wide:
+        """Its last id counts the characters of the whole text."""
+
+        is_fast = True
+        added_tokens_decoder = plain.added_tokens_decoder
+
+        def __call__(self, given: list[str], **options: Any) -> Any:
+            ids = plain(given, **options)["input_ids"]
+            return {"input_ids": [[*one, len(text)] for one, text in zip(ids, given, strict=True)]}
+
+    by_segment = SegmentTokenizer(Wide())
+    text = f"a{special}b{special}c"
+
+    for _ in range(3):
+        assert by_segment.encode(text) == Wide()([text], add_special_tokens=False)["input_ids"][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("slow", "fast"), ("words", "words around"), ("none", "no special tokens")],
+)
+def test_tokenizers_without_separators(kind: str, why: str) -> None:
+    word = AddedToken("<w>", normalized=False, special=True, single_word=True)
+    tokens = {"slow": {}, "words": {7: word}, "none": {}}[kind]
+    plain: Any = SimpleNamespace(is_fast=kind != "slow", added_tokens_decoder=tokens)
+
+    with pytest.raises(ValueError, match=why):
+        SegmentTokenizer(plain)
+
+
+@pytest.mark.parametrize("policy", ["sink", "full"])
+def test_the_renderer_of_a_server(policy: str) -> None:
+    """Long chat prompts by segment under the policy; everything else is vLLM's."""
+    options = {"kv_policy": policy} | ({"sink_window": 188} if policy == "sink" else {})
+    config = EngineArgs(model=str(MODEL), block_size=32, additional_config=options)
+    renderer = renderer_from_config(front_view(config.create_engine_config()))
+    plain = renderer.get_tokenizer()
+    special = plain.all_special_tokens[-1]
+    chat, completion = renderer.default_chat_tok_params, renderer.default_cmpl_tok_params
+    unlimited = {"max_total_tokens": None}
+    text = special.join(f"message {i}" for i in range(400))
+
+    for params in (replace(chat, **unlimited), replace(completion, **unlimited)):
+        prompt = renderer._tokenize_prompt({"prompt": text}, params)
+        expected = plain(text, add_special_tokens=params.add_special_tokens)["input_ids"]
+        assert prompt["prompt_token_ids"] == expected
+        assert prompt["prompt"] == text
+    _, by_segment = getattr(renderer, "_sink_vllm_segments", (None, None))
+    assert (by_segment is not None) == (policy == "sink")
+    if by_segment is not None:
+        assert len(by_segment._remembered) == 400
+    renderer.shutdown()
+
+
+def test_guard_the_renderer_calls_what_is_wrapped() -> None:
+    """Both ways of rendering end in ``_tokenize_prompt(prompt, params)``, bound at construction."""
+    assert list(inspect.signature(BaseRenderer._tokenize_prompt).parameters) == [
+        "self",
+        "prompt",
+        "params",
+    ]
+    assert inspect.signature(_wrap_tokenize_prompt(lambda *_: None)).parameters.keys() == (
+        inspect.signature(BaseRenderer._tokenize_prompt).parameters.keys()
+    )
+    init = textwrap.dedent(inspect.getsource(BaseRenderer.__init__))
+    assert "make_async(\n        self._tokenize_prompt" in init
+    tree = ast.parse(textwrap.dedent(inspect.getsource(BaseRenderer._tokenize_prompt)))
+    called = {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert called == {
+        "get_tokenizer",
+        "_wants_offsets",
+        "get_encode_kwargs",
+        "_build_tokens_prompt",
+    }
