@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from examples.ray_serve.local import local_cluster
 from tests.conftest import ModelFactory
 from tests.judge import random_tokens
 from tests.oracle import Oracle, OracleResult
-from tests.ray_cluster import local_cluster
 from tests.tiny_models import TinyLlama
 from tests.tp_engine import ENVIRONMENT
 
