@@ -14,9 +14,9 @@ Per turn one row: tokens of the prompt, of it found in the cache of the engine t
 (reported by the engine), new since the last turn, time, and what failed attempts ended with. What
 is concluded, and from what:
 
-- a turn after the first has *landed* on the replica that holds its pages if its engine found all
-  of the prompt cached but the new tokens, the last answer (it comes back as text and may be
-  tokenized differently) and the rest of one page;
+- a turn after the first has *landed* on the replica that holds its pages if its engine found the
+  prompt of the turn before in its cache, up to two pages at the end (the answer behind it comes
+  back as text and may be tokenized differently, and pages are found as a whole);
 - recovery: from the kill to the end of the last turn that was in flight then; and to the moment
   when Serve has two healthy replicas again.
 
@@ -71,8 +71,8 @@ def previous(turn: Turn, turns: Sequence[Turn]) -> Turn | None:
 
 
 def has_landed(turn: Turn, before: Turn) -> bool:
-    """Whether the engine found what the turn before left, up to its answer and one page."""
-    return turn.cached_tokens > before.prompt_tokens - PAGE
+    """Whether the engine found the prompt of the turn before, up to two pages at its end."""
+    return turn.cached_tokens >= max(before.prompt_tokens - 2 * PAGE, PAGE)
 
 
 async def load(app: LocalApp, talks: Sequence[Conversation], turns: int, arm: Arm) -> None:

@@ -61,7 +61,7 @@ class Conversation:
     session: str
     lines: Sequence[str]
     """Text the user's messages are cut from."""
-    max_tokens: int = 24
+    max_tokens: int = 32
     messages: list[dict[str, str]] = field(default_factory=list)
     known_tokens: int = 0
     """Tokens of the prompt and the answer of the last turn."""
@@ -76,6 +76,8 @@ class Conversation:
         number = len(self.turns)
         begin = number * MESSAGE_LINES % max(len(self.lines) - MESSAGE_LINES, 1)
         message = "\n".join(self.lines[begin : begin + MESSAGE_LINES])
+        if not number:  # no two conversations begin alike, as with different users
+            message = f"# {self.session}\n{message}"
         self.messages.append({"role": "user", "content": message})
         started, errors = time.monotonic(), list[str]()
         while True:

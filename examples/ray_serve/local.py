@@ -1,5 +1,6 @@
 """A Ray cluster and the application on this machine: what the tests and the benchmark share."""
 
+import os
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -10,6 +11,13 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+ENVIRONMENT = {
+    # When a replica is killed, its engine core and workers go with it. Without this they stay.
+    "RAY_process_group_cleanup_enabled": "true",
+    # Ray lowers its workers' priority by 15, which starves them beside anything else.
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 NODE_MEMORY = 100 * 2**20  # bytes of a node's object store; Ray's default is a third of the RAM
 APPLICATION, DEPLOYMENT = "streams", "LLMServer:pystream"
 START_LIMIT = 400.0  # seconds; two engines on two shared cores take about a hundred
@@ -22,6 +30,8 @@ def local_cluster(nodes: int, cpus_per_node: int = 1) -> Iterator[str]:
     To vLLM and Ray Serve they are as different as two machines: actors are placed on one or the
     other, and what crosses between them goes through sockets.
     """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from ray.cluster_utils import Cluster
 
     resources: dict[str, Any] = {"num_cpus": cpus_per_node, "object_store_memory": NODE_MEMORY}
