@@ -7,6 +7,7 @@ machine. Every conversation resends its history with each turn, over the chat AP
 
 - `session`: consistent hashing of the session id; `prefix`: Ray's prefix-aware router;
   `round-robin`: no affinity, for contrast; `single`: one replica, for the throughput;
+- `tokens`: `session`, with the history resent as token ids over the completions API;
 - `kill`: `session` again, and the process of one replica is killed by its id in the middle;
 - `worker`: `session` again, and the worker below a replica's engine core is killed.
 
@@ -26,19 +27,23 @@ Not to be concluded: how fast a replica is. Client, router and both replicas sha
 import argparse
 import asyncio
 import os
+import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
+from tokenizers import Tokenizer
 
-from benchmarks.common import Results, default_name, describe
+from benchmarks.common import MODEL, Results, default_name, describe
 from examples.ray_serve.client import Conversation, Turn, conversations, http_client
 from examples.ray_serve.local import LocalApp, local_cluster, running_app
 
 PORT = 8123
+TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 PAGE = 32  # tokens; of the CPU engine with this model
 COUNTERS = (
     "vllm_prompt_tokens",
@@ -50,6 +55,23 @@ COUNTERS = (
 METRICS_DELAY = 15.0  # seconds in which Ray has collected the last numbers
 
 Disturb = Callable[[LocalApp], dict[str, Any]]
+
+
+@dataclass(slots=True)
+class TokenConversation(Conversation):
+    """A conversation whose history is resent as the very tokens it consists of."""
+
+    path: ClassVar[str] = "/v1/completions"
+    ids: list[int] = field(default_factory=list)
+
+    def say(self, message: str) -> None:
+        self.ids += TOKENIZER.encode(message + "\n", add_special_tokens=not self.ids).ids
+
+    def history(self) -> dict[str, Any]:
+        return {"prompt": self.ids, "return_token_ids": True}
+
+    def remember(self, text: str, token_ids: list[int]) -> None:
+        self.ids += token_ids
 
 
 @dataclass(slots=True)
@@ -129,6 +151,8 @@ def run_arm(
     """Run one arm and summarise it; its rows go into the results."""
     arm = Arm(name)
     talks = conversations(options.conversations, prefix=name)
+    if name == "tokens":
+        talks = [TokenConversation(talk.session, talk.lines) for talk in talks]
     before = app.totals(*COUNTERS)
 
     async def everything() -> None:
@@ -179,7 +203,8 @@ def summarise(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
         "new_tokens": sum(turn.new_tokens for turn, _ in later),
         "computed_minus_new_when_landed": describe(excess) if excess else None,
         "turns_retried": sum(1 for turn in arm.turns if turn.errors),
-        "errors": sorted({error for turn in arm.turns for error in turn.errors}),
+        "attempts_that_failed": sum(len(turn.errors) for turn in arm.turns),
+        "errors": dict(Counter(_kind(error) for turn in arm.turns for error in turn.errors)),
         "longest_turn": max(turn.seconds for turn in arm.turns),
         "first_token": describe([turn.first_token for turn, _ in later]),
         "seconds": arm.seconds,
@@ -188,6 +213,11 @@ def summarise(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     if arm.event:
         summary["event"] = aftermath(arm)
     return summary
+
+
+def _kind(error: str) -> str:
+    """An error without what differs from request to request."""
+    return re.sub(r"\(Request ID.*|See stack trace.*", "…", error)
 
 
 def aftermath(arm: Arm) -> dict[str, Any]:
@@ -245,7 +275,7 @@ def main() -> None:
 
 
 DEPLOYMENTS: tuple[tuple[str, int, dict[str, Disturb | None]], ...] = (
-    ("session", 2, {"session": None, "kill": kill_replica, "worker": kill_worker}),
+    ("session", 2, {"session": None, "tokens": None, "kill": kill_replica, "worker": kill_worker}),
     ("round-robin", 2, {"round-robin": None}),
     ("prefix", 2, {"prefix": None}),
     ("session", 1, {"single": None}),

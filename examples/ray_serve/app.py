@@ -22,7 +22,7 @@ ROUTERS: dict[Routing, dict[str, Any]] = {
         "request_router_class": (
             "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
         ),
-        "request_router_kwargs": {"num_fallback_replicas": 1},
+        "request_router_kwargs": {"num_fallback_replicas": 0},
     },
     # A tree of the texts each replica has seen; clients send no session id.
     "prefix": {

@@ -15,7 +15,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -78,13 +78,13 @@ class Conversation:
         message = "\n".join(self.lines[begin : begin + MESSAGE_LINES])
         if not number:  # no two conversations begin alike, as with different users
             message = f"# {self.session}\n{message}"
-        self.messages.append({"role": "user", "content": message})
+        self.say(message)
         started, errors = time.monotonic(), list[str]()
         while True:
             attempt = time.monotonic()
             request_id = f"{self.session}-{number}-{len(errors)}"
             try:
-                text, first_token, usage = await self._ask(http, request_id)
+                text, token_ids, first_token, usage = await self._ask(http, request_id)
                 break
             except (httpx.HTTPError, BrokenAnswer) as error:
                 errors.append(f"{type(error).__name__}: {error}"[:200])
@@ -94,7 +94,7 @@ class Conversation:
                         f"{GIVE_UP_AFTER:.0f} s; the last error was {errors[-1]}"
                     ) from error
                 await asyncio.sleep(RETRY_AFTER)
-        self.messages.append({"role": "assistant", "content": text})
+        self.remember(text, token_ids)
         turn = Turn(
             session=self.session,
             number=number,
@@ -112,13 +112,27 @@ class Conversation:
         self.turns.append(turn)
         return turn
 
+    path: ClassVar[str] = "/v1/chat/completions"
+
+    def say(self, message: str) -> None:
+        """Append what the user says to the history."""
+        self.messages.append({"role": "user", "content": message})
+
+    def history(self) -> dict[str, Any]:
+        """The history as part of a request."""
+        return {"messages": self.messages}
+
+    def remember(self, text: str, token_ids: list[int]) -> None:
+        """Append the answer to the history."""
+        self.messages.append({"role": "assistant", "content": text})
+
     async def _ask(
         self, http: httpx.AsyncClient, request_id: str
-    ) -> tuple[str, float, dict[str, Any]]:
-        """One attempt; returns the text, the time of its first token and the usage."""
+    ) -> tuple[str, list[int], float, dict[str, Any]]:
+        """One attempt; returns text, token ids, the time of the first token, and the usage."""
         body = {
             "model": MODEL,
-            "messages": self.messages,
+            **self.history(),
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "ignore_eos": True,
@@ -126,10 +140,8 @@ class Conversation:
             "stream_options": {"include_usage": True},
         }
         headers = {SESSION_HEADER: self.session, "x-request-id": request_id}
-        text, first_token, usage, finished = "", 0.0, None, False
-        async with http.stream(
-            "POST", "/v1/chat/completions", json=body, headers=headers
-        ) as answer:
+        text, token_ids, first_token, usage, finished = "", list[int](), 0.0, None, False
+        async with http.stream("POST", self.path, json=body, headers=headers) as answer:
             if answer.status_code != 200:
                 content = (await answer.aread()).decode(errors="replace")
                 raise BrokenAnswer(f"HTTP {answer.status_code}: {content}")
@@ -142,11 +154,12 @@ class Conversation:
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
                     first_token = first_token or time.monotonic()
-                    text += choice["delta"].get("content") or ""
+                    text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+                    token_ids += choice.get("token_ids") or ()
                     finished = finished or bool(choice.get("finish_reason"))
         if not finished or usage is None:
             raise BrokenAnswer("the stream ended without a finish reason")
-        return text, first_token, usage
+        return text, token_ids, first_token, usage
 
 
 def conversations(count: int, prefix: str = "session") -> list[Conversation]:
