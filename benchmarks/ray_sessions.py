@@ -176,13 +176,14 @@ def run_arm(
 def per_replica(
     before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """What each replica's counters grew by."""
-    return {
+    """What each replica's counters grew by; Ray goes on exporting those of replicas that ended."""
+    grown = {
         replica: {
             name: value - before.get(replica, {}).get(name, 0.0) for name, value in values.items()
         }
         for replica, values in after.items()
     }
+    return {replica: values for replica, values in grown.items() if any(values.values())}
 
 
 def summarise(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:

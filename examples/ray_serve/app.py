@@ -27,7 +27,8 @@ ROUTERS: dict[Routing, dict[str, Any]] = {
     # A tree of the texts each replica has seen; clients send no session id.
     "prefix": {
         "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
-        "request_router_kwargs": {"do_eviction": True},
+        # Without a threshold it never looks at load, and all may end up on one replica.
+        "request_router_kwargs": {"do_eviction": True, "imbalanced_threshold": 4},
     },
     # No affinity at all, for comparison.
     "round-robin": {
