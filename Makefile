@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast fuzz lint format clean
+.PHONY: help install demo test test-all test-fast test-ray fuzz lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -33,7 +33,10 @@ fuzz: $(STAMP) ## requests made up from the server's OpenAPI schema (/v1/streams
 	@$(BIN)/python -m pytest tests/test_fuzz.py -p no:schemathesis $(ARGS)
 
 test-fast: $(STAMP) ## the tests that need no engine
-	@$(BIN)/python -m pytest -m "not engine and not server and not slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -m "not engine and not server and not ray and not slow and not gpu" $(ARGS)
+
+test-ray: $(STAMP) ## the tests that start a Ray cluster
+	@$(BIN)/python -m pytest -m ray $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check

@@ -69,6 +69,8 @@ class Facts:
     prefill_context_parallel: int = 1
     decode_context_parallel: int = 1
     pipeline_parallel: int = 1
+    v2_runner: bool = False
+    legacy_ray_executor: bool = False
     microbatching: bool = False
     kv_sharing_fast_prefill: bool = False
 
@@ -79,6 +81,7 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
     cache = vllm_config.cache_config
     speculative = vllm_config.speculative_config
     transfer = vllm_config.kv_transfer_config
+    from vllm import envs
     from vllm.platforms import current_platform
 
     return Facts(
@@ -94,6 +97,8 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         prefill_context_parallel=parallel.prefill_context_parallel_size,
         decode_context_parallel=parallel.decode_context_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
+        v2_runner=vllm_config.use_v2_model_runner,
+        legacy_ray_executor=parallel.use_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
         microbatching=parallel.use_ubatching,
         kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
     )

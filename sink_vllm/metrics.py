@@ -6,6 +6,8 @@ when the policy is on (``sink_vllm.frontend.clients``). Not through the entry po
 installation, with ``--disable-log-stats`` too, and ``LLM`` does not load it.
 """
 
+from typing import Any
+
 from prometheus_client import REGISTRY, Counter, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -26,15 +28,20 @@ LENGTH_BUCKETS = [digit * 10**power for power in range(2, 9) for digit in (1, 2,
 class StreamingLLMStatLogger(AggregateStatLoggerBase):
     """Adds up what the schedulers of all engines report, labelled like vLLM's own metrics."""
 
+    counter: Any = Counter
+    histogram: Any = Histogram
+
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         _unregister()
         model_name = vllm_config.model_config.served_model_name
-        self._counters: dict[int, dict[str, Counter]] = {index: {} for index in engine_indexes}
+        self._counters: dict[int, dict[str, Any]] = {index: {} for index in engine_indexes}
         for field, (name, documentation) in COUNTERS.items():
-            counter = Counter(NAMESPACE + name, documentation, labelnames=["model_name", "engine"])
+            counter = self.counter(
+                NAMESPACE + name, documentation, labelnames=["model_name", "engine"]
+            )
             for index, by_field in self._counters.items():
                 by_field[field] = counter.labels(model_name, str(index))
-        lengths = Histogram(
+        lengths = self.histogram(
             NAMESPACE + "stream_tokens",
             "Length of finished streams: tokens of prompt and output.",
             buckets=LENGTH_BUCKETS,

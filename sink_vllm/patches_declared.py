@@ -19,12 +19,23 @@ PATCHING_MODULES = (
     "sink_vllm.frontend.pin",
     "sink_vllm.frontend.streams",
 )
+# Applied by the class that needs them, when it is used; their targets import optional packages.
+ON_DEMAND_MODULES = ("sink_vllm.ray.patches",)
+
+
+def start_up_patches() -> tuple[Patch, ...]:
+    """What every process applies, in this order. Imports no vLLM."""
+    return _patches_of(PATCHING_MODULES)
 
 
 def declared_patches() -> tuple[Patch, ...]:
-    """All patches, in the order in which they are applied. Imports no vLLM."""
+    """All patches, those on demand included. Imports no vLLM."""
+    return _patches_of((*PATCHING_MODULES, *ON_DEMAND_MODULES))
+
+
+def _patches_of(module_names: tuple[str, ...]) -> tuple[Patch, ...]:
     return tuple(
         patch
-        for module_name in PATCHING_MODULES
+        for module_name in module_names
         for patch in importlib.import_module(module_name).PATCHES
     )

@@ -53,9 +53,9 @@ def register() -> None:
 
     check_vllm_version(vllm_version)
 
-    from sink_vllm.patches_declared import declared_patches
+    from sink_vllm.patches_declared import start_up_patches
 
-    for patch in declared_patches():
+    for patch in start_up_patches():
         patch.apply()
 
     from sink_vllm.scheduler import spec

@@ -250,10 +250,17 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "pipeline parallelism",
-        "pipeline parallelism",
-        lambda f: _if(f.pipeline_parallel > 1, f.pipeline_parallel),
-        "later stages would get the output tokens of a stream that has been compacted",
-        "use --tensor-parallel-size instead of --pipeline-parallel-size",
+        "pipeline parallelism on vLLM's V2 model runner",
+        lambda f: _if(f.pipeline_parallel > 1 and f.v2_runner, f.pipeline_parallel),
+        "its stages hand sampled tokens to each other, which has not been tested with evictions",
+        "set VLLM_USE_V2_MODEL_RUNNER=0, or use --tensor-parallel-size",
+    ),
+    Refusal(
+        "legacy Ray executor",
+        "vLLM's older Ray executor",
+        lambda f: _if(f.legacy_ray_executor, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0"),
+        "its compiled graphs of actors have not been tested with evictions",
+        "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
     ),
     Refusal(
         "microbatching",

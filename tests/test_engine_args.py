@@ -295,7 +295,6 @@ def test_pooling_is_refused(model: str) -> None:
         ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
         ({"kv_offloading_size": 1.0}, "1.0 GiB"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"logits_processors": ["mine:Processor"]}, "--logits-processors"),
         (

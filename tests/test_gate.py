@@ -62,7 +62,11 @@ CASES: dict[str, tuple[Facts, str]] = {
     "KV connector": (Facts(kv_connector="LMCacheConnectorV1"), "LMCacheConnectorV1"),
     "prefill context parallelism": (Facts(prefill_context_parallel=2), "2"),
     "decode context parallelism": (Facts(decode_context_parallel=4), "4"),
-    "pipeline parallelism": (Facts(pipeline_parallel=2), "2"),
+    "pipeline parallelism": (Facts(pipeline_parallel=2, v2_runner=True), "2"),
+    "legacy Ray executor": (
+        Facts(legacy_ray_executor=True),
+        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+    ),
     "microbatching": (Facts(microbatching=True), "--enable-dbo"),
     "KV sharing fast prefill": (Facts(kv_sharing_fast_prefill=True), "--kv-sharing-fast-prefill"),
 }

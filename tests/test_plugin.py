@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sink_vllm.patches_declared import declared_patches
+from sink_vllm.patches_declared import start_up_patches
 from sink_vllm.plugin import check_vllm_version, register, supported_versions
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_entry_point_is_register() -> None:
 
 def test_register_twice_changes_nothing_the_second_time() -> None:
     register()
-    patches = declared_patches()
+    patches = start_up_patches()
     assert all(patch.is_applied for patch in patches)
     before = [_resolve(patch.target) for patch in patches]
 
@@ -79,8 +79,8 @@ def test_vllm_loads_the_plugin_by_itself() -> None:
     """What happens in every process of vLLM, with nothing imported by hand."""
     _python(
         "from vllm.plugins import load_general_plugins; load_general_plugins(); "
-        "from sink_vllm.patches_declared import declared_patches; "
-        "assert all(patch.is_applied for patch in declared_patches())"
+        "from sink_vllm.patches_declared import start_up_patches; "
+        "assert all(patch.is_applied for patch in start_up_patches())"
     )
 
 
@@ -92,8 +92,8 @@ def test_unpickling_options_loads_the_plugin() -> None:
 
     _python(
         f"import pickle, sys; config = pickle.loads({pickled!r}); "
-        "from sink_vllm.patches_declared import declared_patches; "
-        "assert all(patch.is_applied for patch in declared_patches()); "
+        "from sink_vllm.patches_declared import start_up_patches; "
+        "assert all(patch.is_applied for patch in start_up_patches()); "
         "assert config == {'kv_policy': 'sink'}"
     )
 
@@ -125,7 +125,7 @@ def test_register_checks_the_version_before_it_patches(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vllm, "__version__", "0.30.0")
     monkeypatch.setattr(
-        "sink_vllm.patches_declared.declared_patches", lambda: pytest.fail("patched")
+        "sink_vllm.patches_declared.start_up_patches", lambda: pytest.fail("patched")
     )
 
     with pytest.raises(RuntimeError, match=r"found vLLM 0\.30\.0"):

@@ -6,7 +6,7 @@ responses that take constant memory. With the policy off the original runs untou
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sink_vllm.frontend.lengths import front_view, policy_of
@@ -25,11 +25,9 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
             return
         call.arguments["vllm_config"] = vllm_config
         if call.arguments["log_stats"]:
-            from sink_vllm.metrics import StreamingLLMStatLogger
-
             loggers = call.arguments.get("stat_loggers") or ()
             # First: it takes our numbers out of the statistics that the others read.
-            call.arguments["stat_loggers"] = [StreamingLLMStatLogger, *loggers]
+            call.arguments["stat_loggers"] = [_stat_logger(loggers), *loggers]
         original(*call.args, **call.kwargs)
 
         from sink_vllm.frontend.memory import adopt
@@ -37,6 +35,17 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         adopt(self.output_processor)
 
     return __init__
+
+
+def _stat_logger(others: Sequence[Any]) -> Any:
+    """Our counters, exported in the way of the loggers beside them."""
+    if any(getattr(other, "__name__", "").startswith("Ray") for other in others):
+        from sink_vllm.ray.metrics import RayStreamingLLMStatLogger
+
+        return RayStreamingLLMStatLogger
+    from sink_vllm.metrics import StreamingLLMStatLogger
+
+    return StreamingLLMStatLogger
 
 
 PATCHES = (

@@ -145,6 +145,7 @@ def _engine_settings(
 def _finish(vllm_config: "VllmConfig", config: SinkConfig) -> None:
     """Refuse what only the finished configuration shows, and make it carry the plugin."""
     from sink_vllm.frontend.shipping import ShippedConfig
+    from sink_vllm.ray.choose import choose_executor
 
     check(facts_of(vllm_config))
     block_size = vllm_config.cache_config.block_size
@@ -157,6 +158,7 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig) -> None:
     # The cache holds capacity <= trained length tokens. The one more is room for the token that
     # has been sampled and evicts before it is computed: no untrained position is ever used.
     vllm_config.model_config.max_model_len = config.max_model_len
+    choose_executor(vllm_config.parallel_config)
     vllm_config.additional_config = ShippedConfig(
         cast(dict[str, Any], vllm_config.additional_config)
     )

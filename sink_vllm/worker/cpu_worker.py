@@ -22,6 +22,18 @@ class StreamingLLMCPUModelRunner(StreamingLLMRunnerV1, CPUModelRunner):
     vLLM's sight while it looks for them.
     """
 
+    def sync_and_gather_intermediate_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """What a later pipeline stage is given by the stage before it.
+
+        vLLM makes the buffer in a dummy run, which an eager CPU engine never does.
+        """
+        if self.intermediate_tensors is None:
+            model: Any = self.get_model()
+            self.intermediate_tensors = model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return super().sync_and_gather_intermediate_tensors(*args, **kwargs)
+
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         states = {row: gen.get_state() for row, gen in self._generators_to_restore().items()}
         output = super()._sample(*args, **kwargs)
