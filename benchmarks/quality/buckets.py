@@ -67,7 +67,7 @@ class Series:
             series.at.update({first + i * every: v for i, v in enumerate(row["sampled"])})
         return series
 
-    def perplexity(self, begin: int = 0, end: float = math.inf) -> float:
+    def perplexity(self, begin: float = 0, end: float = math.inf) -> float:
         """Over whole rows that start in ``[begin, end)``."""
         rows = [row for row in self.rows if begin <= row["start"] < end]
         tokens = sum(row["tokens"] for row in rows)
@@ -85,7 +85,7 @@ class Series:
         return {key: math.exp(s / n) for key, (s, n) in sorted(sums.items()) if n >= least}
 
 
-def ratio(one: Series, other: Series, begin: int = 0, end: float = math.inf) -> float:
+def ratio(one: Series, other: Series, begin: float = 0, end: float = math.inf) -> float:
     """Perplexity of ``one`` over that of ``other`` at the positions both have sampled."""
     both = [p for p in one.at if p in other.at and begin <= p < end]
     if not both:

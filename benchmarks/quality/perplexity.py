@@ -29,9 +29,9 @@ from benchmarks.quality.work import Sampling, run_streams, run_windows
 ARMS = ("full", "window", "sink", "absolute", "recompute", "recompute-bos")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, folder: Path) -> None:
     """All arms over all texts, as far as they are not done yet."""
-    store = Store(RESULTS / options.name, vars(options))
+    store = Store(folder, vars(options))
     model = str(options.model)
     texts = Texts(model, options.books)
     ids = texts.all(options.texts, options.tokens)
@@ -108,8 +108,9 @@ def main() -> int:
     parser.add_argument(
         "--full-limit", type=int, default=8192, help="most tokens of full and absolute"
     )
+    options = parser.parse_args()
     try:
-        run(parser.parse_args())
+        run(options, RESULTS / options.name)
     except (ForcingError, StoreError, TextError, WorkError) as error:
         print(f"perplexity: {error}", file=sys.stderr)
         return 1

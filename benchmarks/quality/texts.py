@@ -6,6 +6,7 @@
 ``repeated``    the first 100,000 tokens of ``held-out``, again and again: every bucket of
                 that size is the same text, so nothing but the stream position differs
 ``held-out``    the held-out files alone, in their own order
+``tests``       the files of the test suite alone
 ``<file>``      any UTF-8 file of ``--books``, by its name without the ending
 
 ``name:part/parts`` is one of several equal pieces of a text. Every text starts with BOS if the
@@ -40,7 +41,7 @@ class Texts:
             books: folder of ``.txt`` files.
             bos: start texts with BOS.
         """
-        self._tokenizer = _tokenizer(model)
+        self._tokenizer = tokenizer_of(model)
         self._books = books
         self.bos: int | None = self._tokenizer.bos_token_id if bos else None
 
@@ -99,13 +100,17 @@ class Texts:
 def _files(base: str, books: Path | None) -> list[Path]:
     if base == "held-out":
         return held_out_files()
+    if base == "tests":
+        return library_tests()
     if base == "python":
         files = held_out_files() + library_tests()
         random.Random(SEED).shuffle(files)
         return files
     path = (books or Path()) / f"{base}.txt"
     if books is None or not path.is_file():
-        raise TextError(f"no text {base!r}; known are held-out, python, repeated and --books")
+        raise TextError(
+            f"no text {base!r}; known are held-out, tests, python, repeated and --books"
+        )
     return [path]
 
 
@@ -134,7 +139,8 @@ def _is_text(path: Path) -> bool:
         return False
 
 
-def _tokenizer(model: str) -> Any:
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
