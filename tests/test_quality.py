@@ -93,7 +93,7 @@ def test_recomputed_window_has_the_streams_length() -> None:
 def fake_engine(calls: list[list[str]], fail_on: str = "") -> Any:
     """Stands for the process with the engine; a text's losses are its tokens."""
 
-    def isolated(_work: Any, _arm: Arm, _model: str, texts: Any, _how: str) -> Iterator[Any]:
+    def isolated(_work: Any, _arm: Arm, _model: str, texts: Any, *_rest: Any) -> Iterator[Any]:
         calls.append(list(texts))
         for name, ids in texts.items():
             if ids[0] == 666:
@@ -114,7 +114,7 @@ def test_a_run_goes_on_where_it_was_interrupted(
 
     def run(texts: dict[str, list[int]]) -> None:
         store = Store(tmp_path / "run", settings)
-        run_streams(store, "sink", "m", SMALL, texts, Sampling(1, 10), streams=1)
+        run_streams(store, "m", {"sink": SMALL}, texts, Sampling(1, 10), streams=1)
 
     with pytest.raises(WorkError):
         run(texts)

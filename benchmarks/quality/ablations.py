@@ -17,7 +17,7 @@ import argparse
 import sys
 
 from benchmarks.common import RESULTS
-from benchmarks.quality.arms import BLOCK_SIZE, Arm, sink
+from benchmarks.quality.arms import BLOCK_SIZE, Arm, shared, sink
 from benchmarks.quality.forcing import ForcingError
 from benchmarks.quality.isolate import WorkError
 from benchmarks.quality.perplexity import add_arguments
@@ -57,12 +57,11 @@ def run(options: argparse.Namespace) -> None:
     model = str(options.model)
     ids = Texts(model, options.books).all(options.texts, options.tokens)
     sampling = Sampling(options.every, options.bucket)
-    for group, arms in groups(options.capacity).items():
-        if group in options.groups:
-            for arm in arms:
-                run_streams(
-                    store, unit(arm), model, arm, ids, sampling, options.how, options.streams
-                )
+    chosen = [groups(options.capacity)[group] for group in options.groups]
+    arms = {unit(arm): arm for group in chosen for arm in group}
+    for members in shared(arms.values()):
+        units = {unit(arm): arm for arm in members}
+        run_streams(store, model, units, ids, sampling, options.how, options.streams)
 
 
 def main() -> int:

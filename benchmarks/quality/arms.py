@@ -11,9 +11,9 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sink_vllm.schedule import Schedule
@@ -52,6 +52,11 @@ class Arm:
     def schedule(self) -> Schedule:
         return Schedule(sink_tokens=self.sinks, window=self.window, stride=self.stride)
 
+    @property
+    def options(self) -> dict[str, int]:
+        """The arm as options of one request, on an engine with room for it."""
+        return {"sink_tokens": self.sinks, "sink_window": self.window}
+
     def row(self) -> dict[str, Any]:
         """The arm as a row of the raw data."""
         return asdict(self)
@@ -64,6 +69,24 @@ def sink(
     window = capacity - sinks - stride
     name = name or ("sink" if sinks else "window")
     return Arm(name=name, kind="sink", sinks=sinks, window=window, stride=stride, dtype=dtype)
+
+
+def shared(arms: Iterable[Arm]) -> list[list[Arm]]:
+    """Arms that can run on one engine, as options of its requests: same stride, same dtype."""
+    groups: dict[object, list[Arm]] = {}
+    for arm in arms:
+        alike = (arm.stride, arm.dtype) if arm.kind == "sink" else arm
+        groups.setdefault(alike, []).append(arm)
+    return list(groups.values())
+
+
+def host(arms: Sequence[Arm]) -> Arm:
+    """The arm whose engine runs all of ``arms``: requests may have less window, not more."""
+    if len(arms) == 1:
+        return arms[0]
+    capacity = max(arm.schedule.capacity for arm in arms)
+    window = max(arm.window for arm in arms)
+    return replace(arms[0], name="host", sinks=capacity - window - arms[0].stride, window=window)
 
 
 @contextmanager
@@ -82,7 +105,6 @@ def engine(arm: Arm, model: str, streams: int) -> Iterator[Any]:
         "max_num_seqs": streams,
         "max_num_batched_tokens": max(streams * min(longest, 512), 2048),
         "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": 1 << 30,
         "disable_log_stats": True,
         "skip_tokenizer_init": True,
         "worker_extension_cls": RECORDER,

@@ -18,7 +18,10 @@ class ForcingError(Exception):
 
 
 def stream(
-    engine: Any, texts: Mapping[str, Sequence[int]], how: str = "prompt"
+    engine: Any,
+    texts: Mapping[str, Sequence[int]],
+    how: str = "prompt",
+    options: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Iterator[Losses]:
     """Stream every text through one request; all requests run at once.
 
@@ -26,6 +29,7 @@ def stream(
         engine: from ``arms.engine``.
         texts: token ids by name.
         how: ``prompt`` (chunks as large as the schedule allows) or ``decode`` (one token a step).
+        options: options of the policy by name of the text, where they are not the engine's.
 
     Raises:
         ForcingError: losses are missing, or the decoded tokens are not the text.
@@ -45,6 +49,7 @@ def stream(
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
+            extra_args=dict(options[name]) if options else None,
         )
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     followed = dict.fromkeys(texts, 1)

@@ -16,17 +16,19 @@ Arms are compared on the positions they share. Tables: ``python -m benchmarks.qu
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import MODEL, RESULTS, commit
-from benchmarks.quality.arms import BLOCK_SIZE, Arm, sink
+from benchmarks.quality.arms import BLOCK_SIZE, Arm, shared, sink
 from benchmarks.quality.forcing import ForcingError
 from benchmarks.quality.isolate import WorkError
 from benchmarks.quality.store import Store, StoreError
 from benchmarks.quality.texts import TextError, Texts
 from benchmarks.quality.work import Sampling, run_streams, run_windows
 
-ARMS = ("full", "window", "sink", "absolute", "recompute", "recompute-bos")
+STREAMED = ("sink", "window", "full", "absolute")
+ARMS = (*STREAMED, "recompute", "recompute-bos")
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:
@@ -36,15 +38,19 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     texts = Texts(model, options.books)
     ids = texts.all(options.texts, options.tokens)
     sampling = Sampling(options.every, options.bucket)
-    streaming = sink(options.sinks, options.capacity, options.stride, dtype=options.dtype)
+    engines = shared(arm_of(name, options) for name in options.arms if name in STREAMED)
+    for arms in engines:
+        # The stock arms and the control have an end; the others take all of every text.
+        some = {text: tokens[: arms[0].limit or None] for text, tokens in ids.items()}
+        units = {f"{options.prefix}{arm.name}": arm for arm in arms}
+        run_streams(store, model, units, some, sampling, options.how, options.streams)
     for name in options.arms:
-        prefix = f"{options.prefix}{name}"
-        if name.startswith("recompute"):
+        if name not in STREAMED:
             run_windows(
                 store,
-                prefix,
+                f"{options.prefix}{name}",
                 model,
-                streaming.schedule,
+                sink(options.sinks, options.capacity, options.stride).schedule,
                 ids,
                 sampling,
                 texts.bos if name == "recompute-bos" else None,
@@ -52,32 +58,16 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                 end=options.tokens,
                 dtype=options.dtype,
             )
-            continue
-        arm, limit = arm_of(name, options)
-        some = {text: tokens[:limit] for text, tokens in ids.items()}
-        run_streams(store, prefix, model, arm, some, sampling, options.how, options.streams)
 
 
-def arm_of(name: str, options: argparse.Namespace) -> tuple[Arm, int]:
-    """The arm of that name, and how many tokens of a text it takes."""
+def arm_of(name: str, options: argparse.Namespace) -> Arm:
+    """The streamed arm of that name."""
     sinks, capacity, stride = options.sinks, options.capacity, options.stride
-    if name == "sink":
-        return sink(sinks, capacity, stride, dtype=options.dtype), options.tokens
-    if name == "window":
-        return sink(0, capacity, stride, dtype=options.dtype), options.tokens
     limit = min(options.tokens, options.full_limit)
     if name == "full":
-        return Arm(name=name, kind="full", limit=limit, dtype=options.dtype), limit
-    window = capacity - sinks - stride
-    return Arm(
-        name=name,
-        kind="absolute",
-        sinks=sinks,
-        window=window,
-        stride=stride,
-        limit=limit,
-        dtype=options.dtype,
-    ), limit
+        return Arm(name=name, kind="full", limit=limit, dtype=options.dtype)
+    arm = sink(sinks if name != "window" else 0, capacity, stride, name, options.dtype)
+    return arm if name != "absolute" else replace(arm, kind="absolute", limit=limit)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--stride", type=int, default=BLOCK_SIZE)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--streams", type=int, default=8, help="requests at once")
+    parser.add_argument("--streams", type=int, default=40, help="requests at once")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of every text")
     parser.add_argument("--every", type=int, default=50, help="positions kept one by one")
     parser.add_argument("--bucket", type=int, default=1000, help="tokens per row of raw data")

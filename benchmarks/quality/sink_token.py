@@ -34,11 +34,11 @@ def run(options: argparse.Namespace) -> None:
     for kind, folder in (("with", options.with_token), ("without", options.without)):
         texts = Texts(str(folder), options.books, bos=kind == "with")
         ids = texts.all(options.texts, options.tokens)
-        for sinks in SINKS:
-            arm = sink(sinks, options.capacity, options.stride, dtype=options.dtype)
-            run_streams(
-                store, f"{kind}-S{sinks}", str(folder), arm, ids, sampling, streams=options.streams
-            )
+        arms = {
+            f"{kind}-S{sinks}": sink(sinks, options.capacity, options.stride, dtype=options.dtype)
+            for sinks in SINKS
+        }
+        run_streams(store, str(folder), arms, ids, sampling, streams=options.streams)
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality.arms import Arm, engine
+from benchmarks.quality.arms import Arm, engine, host
 from benchmarks.quality.buckets import BUCKET, Buckets
 from benchmarks.quality.forcing import Losses, last_losses, stream
 from benchmarks.quality.isolate import isolated
@@ -53,34 +53,37 @@ class Progress:
 
 def run_streams(
     store: Store,
-    prefix: str,
     model: str,
-    arm: Arm,
+    arms: Mapping[str, Arm],
     texts: Mapping[str, Sequence[int]],
     sampling: Sampling,
     how: str = "prompt",
     streams: int = 8,
 ) -> None:
-    """Stream ``texts`` through ``arm``; one file per text. Finished ones are left alone."""
-    todo = {name: list(ids) for name, ids in texts.items() if not store.done(f"{prefix}-{name}")}
-    if not todo:
-        return
-    names = list(todo)
-    for first in range(0, len(names), streams):
-        group = {name: todo[name] for name in names[first : first + streams]}
-        progress = Progress(f"{prefix} on {', '.join(group)}", sum(map(len, group.values())))
-        rows = {name: _Unit(sampling) for name in group}
-        # Request names are short and plain; texts' names are neither.
-        order = dict(enumerate(group))
-        plain = {f"t{i}": group[name] for i, name in order.items()}
-        for losses in isolated(_stream, arm, model, plain, how):
-            for request, values in losses.items():
-                rows[order[int(request[1:])]].add(values)
+    """Stream all texts through all arms; one file per unit and text, those that exist left alone.
+
+    Args:
+        arms: by the name of their unit; they must fit on one engine (``arms.shared``).
+        streams: requests at once.
+    """
+    todo = [(unit, text) for unit in arms for text in texts if not store.done(f"{unit}-{text}")]
+    for first in range(0, len(todo), streams):
+        some = todo[first : first + streams]
+        ids = {f"t{i}": list(texts[text]) for i, (_, text) in enumerate(some)}
+        options = {f"t{i}": arms[unit].options for i, (unit, _) in enumerate(some)}
+        rows = {name: _Unit(sampling) for name in ids}
+        what = f"{', '.join(dict.fromkeys(unit for unit, _ in some))} on {len(texts)} texts"
+        progress = Progress(what, sum(map(len, ids.values())))
+        members = list(arms.values())
+        given = options if len(members) > 1 else None
+        for losses in isolated(_stream, host(members), model, ids, how, given):
+            for name, values in losses.items():
+                rows[name].add(values)
             progress.add(sum(map(len, losses.values())))
-        for name, unit in rows.items():
-            facts = unit_facts(prefix, name, model, arm, sampling, how)
-            with store.unit(f"{prefix}-{name}", **facts) as file:
-                for row in unit.finish():
+        for (unit, text), one in zip(some, rows.values(), strict=True):
+            facts = unit_facts(unit, text, model, arms[unit], sampling, how)
+            with store.unit(f"{unit}-{text}", **facts) as file:
+                for row in one.finish():
                     file.add(**row)
 
 
@@ -163,9 +166,15 @@ class _Unit:
         return [*self._rows, *self._buckets.rest()]
 
 
-def _stream(arm: Arm, model: str, texts: Mapping[str, Sequence[int]], how: str) -> Iterator[Losses]:
+def _stream(
+    arm: Arm,
+    model: str,
+    texts: Mapping[str, Sequence[int]],
+    how: str,
+    options: Mapping[str, Mapping[str, int]] | None = None,
+) -> Iterator[Losses]:
     with engine(arm, model, len(texts)) as core:
-        yield from stream(core, texts, how)
+        yield from stream(core, texts, how, options)
 
 
 def _windows(
