@@ -6,6 +6,7 @@
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ class Store:
         starts = folder / "meta.json"
         entries: list[dict[str, Any]] = json.loads(starts.read_text()) if starts.exists() else []
         entry = meta(settings)
+        entry["command"] = entry["command"].replace(sys.orig_argv[0], "python", 1)
         for before in entries:
             for key in _SAME:
                 if before["settings"].get(key) != entry["settings"].get(key):
