@@ -9,10 +9,12 @@ labels say.
 import argparse
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.ablations import groups, unit
+from benchmarks.quality.arms import Arm
 from benchmarks.quality.buckets import Interval, Series
 from benchmarks.quality.tables import Runs, load, mean_perplexity
 
@@ -30,6 +32,12 @@ LABELS = {
     "sink": "4 sink tokens + window",
     "absolute": "sinks left at absolute positions",
     "recompute-bos": "window recomputed, BOS in front",
+}
+PANELS: dict[str, tuple[str, Callable[[Arm], int]]] = {
+    "sinks": ("sink tokens", lambda arm: arm.sinks),
+    "capacity": ("capacity (tokens)", lambda arm: arm.schedule.capacity),
+    "stride": ("stride, same capacity", lambda arm: arm.stride),
+    "stride-window": ("stride, same window", lambda arm: arm.stride),
 }
 POINTS = 24  # per arm and decade of positions
 
@@ -80,12 +88,16 @@ def perplexity(run: Path, trained: int, plt: Any) -> Path:
 def ablations(run: Path, plt: Any) -> Path:
     """Perplexity of every value, as a ratio to 4 sinks in the full capacity, 95% intervals."""
     runs: Runs = load(run / "ablations")
-    chosen = [group for group in groups(256) if group != "dtype"]
+    chosen = [
+        group
+        for group, arms in groups(256).items()
+        if group in PANELS and sum(unit(arm) in runs for arm in arms) > 1
+    ]
     figure, panels = plt.subplots(
-        1, len(chosen), figsize=(11, 3), sharey=True, layout="constrained"
+        1, len(chosen), figsize=(11, 3), sharey=True, squeeze=False, layout="constrained"
     )
     base = "S4-W220-g32-float32"
-    for panel, group in zip(panels, chosen, strict=True):
+    for panel, group in zip(panels[0], chosen, strict=True):
         arms = [arm for arm in groups(256)[group] if unit(arm) in runs]
         for place, arm in enumerate(arms):
             logs = [
@@ -97,20 +109,11 @@ def ablations(run: Path, plt: Any) -> Path:
             half = 0.0 if math.isnan(interval.half) else middle * math.expm1(interval.half)
             colour = COLOURS["sink" if arm.sinks else "window"]
             panel.bar(place, middle, yerr=half, color=colour, capsize=3, width=0.7)
-        names = {"sinks": "sinks", "capacity": "capacity", "stride": "stride"}
-        values = [
-            getattr(arm.schedule if group == "capacity" else arm, names.get(group, "stride"))
-            for arm in arms
-        ]
-        panel.set_xticks(range(len(arms)), [str(value) for value in values])
-        panel.set_title(
-            {"stride": "stride, same capacity", "stride-window": "stride, same window"}.get(
-                group, f"{group} (tokens)"
-            ),
-            fontsize=9,
-        )
+        title, value = PANELS[group]
+        panel.set_xticks(range(len(arms)), [str(value(arm)) for arm in arms])
+        panel.set_title(title, fontsize=9)
         panel.axhline(1, color="black", linewidth=0.6)
-    panels[0].set(ylabel="perplexity ÷ S=4, C=256, g=32", ylim=(0.8, None))
+    panels[0][0].set(ylabel="perplexity ÷ S=4, C=256, g=32", ylim=(0.8, None))
     return save(figure, run / "ablations.svg")
 
 
