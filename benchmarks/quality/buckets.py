@@ -85,12 +85,15 @@ class Series:
         return {key: math.exp(s / n) for key, (s, n) in sorted(sums.items()) if n >= least}
 
 
+def differences(one: Series, other: Series, begin: float = 0, end: float = math.inf) -> list[float]:
+    """Loss of ``one`` minus that of ``other`` at the positions both have sampled."""
+    return [loss - other.at[p] for p, loss in one.at.items() if p in other.at and begin <= p < end]
+
+
 def ratio(one: Series, other: Series, begin: float = 0, end: float = math.inf) -> float:
     """Perplexity of ``one`` over that of ``other`` at the positions both have sampled."""
-    both = [p for p in one.at if p in other.at and begin <= p < end]
-    if not both:
-        return math.nan
-    return math.exp(statistics.fmean(one.at[p] - other.at[p] for p in both))
+    found = differences(one, other, begin, end)
+    return math.exp(statistics.fmean(found)) if found else math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.buckets import Interval, Series, ratio
+from benchmarks.quality.buckets import Interval, Series, differences, ratio
 from benchmarks.quality.store import units
 
 RANGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -123,15 +123,19 @@ def endless(runs: Runs) -> Iterator[str]:
                     here = sampled_perplexity([other], start, end)
                 cells.append(number(here, 3))
             for name in bases:
-                cells.append(number(ratio(series, short[name][text], start, end), 4))
+                found_here = differences(series, short[name][text], start, end)
+                cells.append(Interval.of(found_here).as_ratio() if len(found_here) > 1 else "–")
             rows.append(cells)
         yield f"Text `{text}`: one request of {tokens:,} tokens."
         heads = ["from token", "sink", "against mean", *others, *(f"sink ÷ {n}" for n in bases)]
         yield table(heads, rows)
         for name in bases:
-            all_ratio = ratio(series, short[name][text])
-            count = len(set(series.at) & set(short[name][text].at))
-            yield f"sink ÷ {name} over {count:,} positions: {all_ratio:.4f}."
+            apart = differences(series, short[name][text])
+            yield (
+                f"sink ÷ {name} over {len(apart):,} positions: {Interval.of(apart).as_ratio()}. "
+                "Intervals in this table are over positions; perplexities of recomputation are of "
+                "its positions, those of the stream of all tokens."
+            )
 
 
 def against(runs: Runs, base: str, begin: int) -> dict[str, str]:
