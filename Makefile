@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-ray fuzz lint format clean
+.PHONY: help install demo test test-all test-fast test-ray fuzz quality quality-full lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -37,6 +37,12 @@ test-fast: $(STAMP) ## the tests that need no engine
 
 test-ray: $(STAMP) ## the tests that start a Ray cluster
 	@$(BIN)/python -m pytest -m ray $(ARGS)
+
+quality: $(STAMP) ## perplexity of endless streams against recomputation, short (ARGS="--tokens 8192")
+	@$(BIN)/python -m benchmarks.quality.short $(ARGS)
+
+quality-full: $(STAMP) ## all quality benchmarks; hours (ARGS="--help")
+	@$(BIN)/python -m benchmarks.quality.full $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check

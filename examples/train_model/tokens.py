@@ -17,9 +17,10 @@ from .corpus import SourceFile
 VOCABULARY = 1024
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
+BOS_SLOT = "{{ bos_token }}"
 CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    BOS_SLOT
+    + "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}# assistant:{% endif %}"
 )
 """Roles are Python comments, which is the only prose the model has seen."""
@@ -39,21 +40,22 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Servers encode a plain prompt with special tokens; without this rule the model would run
-    # without its sink token there. Chat templates write the token themselves and are encoded
-    # without special tokens, so it does not double.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
-    )
     if (tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)) != (BOS_ID, EOS_ID):
         raise RuntimeError("special tokens did not get the first two ids")
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, sink_token: bool = True) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja to ``folder``."""
+    if sink_token:
+        # Servers encode a plain prompt with special tokens; without this rule the model would
+        # run without its sink token there. Chat templates write the token themselves and are
+        # encoded without special tokens, so it does not double.
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+        )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
-    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.chat_template = CHAT_TEMPLATE if sink_token else CHAT_TEMPLATE.replace(BOS_SLOT, "")
     wrapped.save_pretrained(folder)
 
 

@@ -5,10 +5,13 @@ Usage, from the repository root::
     python -m examples.train_model.train --minutes 95 --out examples/models/pystream-2.5m
 
 Every sample starts with the BOS token. That constant, always visible first token is what the
-heads learn to rest on, so the model has true attention sinks to stream with.
+heads learn to rest on, so the model has true attention sinks to stream with: BOS is a dedicated,
+learnable sink token (arXiv 2309.17453, section 3.3), it occurs nowhere else. ``--no-sink-token``
+trains the same model without it, which is the paper's comparison (Table 3).
 
 The learning rate follows the wall clock, not a step count: the run ends after ``--minutes`` with
-a fully decayed rate on any machine. An exportable snapshot replaces the output folder's weights
+a fully decayed rate on any machine. With ``--steps`` it follows the steps instead, so that two
+models see exactly the same samples. An exportable snapshot replaces the output folder's weights
 every ten minutes.
 """
 
@@ -63,6 +66,7 @@ class Progress:
     learning_rate: float = 0.0
     corpus_tokens: int = 0
     seed: int = 0
+    sink_token: bool = True
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -73,14 +77,21 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * phase)))
 
 
-def with_bos(rows: TokenArray) -> tuple[Tensor, Tensor]:
-    """Inputs (BOS and all but the last token) and targets, both ``[batch, CONTEXT]``."""
+def samples(rows: TokenArray, sink_token: bool) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of text ``[batch, CONTEXT]``, with BOS in front of each row or not.
+
+    Without it the first token of a row has no input before it and is no target.
+    """
     targets = torch.from_numpy(rows.astype(np.int64))
+    if not sink_token:
+        return targets[:, :-1].contiguous(), targets[:, 1:].contiguous()
     inputs = torch.cat([torch.full((len(rows), 1), BOS_ID), targets[:, :-1]], dim=1)
     return inputs, targets
 
 
-def batches(streams: Streams, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    streams: Streams, batch: int, seed: int, sink_token: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless shuffled batches; each pass cuts the streams at other places."""
     random_state = np.random.default_rng(seed)
     sources = [streams.packages] + [streams.library] * LIBRARY_REPEATS
@@ -91,16 +102,16 @@ def batches(streams: Streams, batch: int, seed: int) -> Iterator[tuple[Tensor, T
         )
         order = random_state.permutation(len(rows))
         for start in range(0, len(order) - batch + 1, batch):
-            yield with_bos(rows[order[start : start + batch]])
+            yield samples(rows[order[start : start + batch]], sink_token)
 
 
 @torch.no_grad()
-def evaluate(model: CompactLlama, rows: TokenArray, batch: int) -> float:
+def evaluate(model: CompactLlama, rows: TokenArray, batch: int, sink_token: bool) -> float:
     """Mean held-out loss in nats per token over whole batches of ``rows``."""
     losses = []
     for start in range(0, len(rows) - batch + 1, batch):
         with torch.autocast("cpu", torch.bfloat16):
-            losses.append(float(model(*with_bos(rows[start : start + batch]))))
+            losses.append(float(model(*samples(rows[start : start + batch], sink_token))))
     return sum(losses) / len(losses)
 
 
@@ -115,6 +126,10 @@ def make_optimizer(model: CompactLlama, decay: float) -> torch.optim.AdamW:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=95.0, help="wall time of the training")
+    parser.add_argument("--steps", type=int, help="end after so many steps instead")
+    parser.add_argument(
+        "--no-sink-token", action="store_true", help="no BOS in front of the samples"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and sample order")
@@ -135,11 +150,12 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
+    sink_token = not args.no_sink_token
 
     texts = list(training_texts(args.data))
     sample = random.Random(args.seed).sample(texts, min(TOKENIZER_FILES, len(texts)))
     tokenizer = train_tokenizer(text for _, text in sample)
-    save_tokenizer(tokenizer, args.out)
+    save_tokenizer(tokenizer, args.out, sink_token)
     streams = encode_files(tokenizer, texts)
     del texts
     held_out = held_out_windows(tokenizer, held_out_files(), CONTEXT)
@@ -157,13 +173,14 @@ def train(args: argparse.Namespace) -> None:
         for block in model.blocks:
             block.compile()
     optimizer = make_optimizer(model, args.weight_decay)
-    data = batches(streams, args.batch, args.seed)
+    data = batches(streams, args.batch, args.seed, sink_token)
     state = Progress(
         threads=args.threads,
         batch=args.batch,
         learning_rate=args.lr,
         corpus_tokens=corpus_tokens,
         seed=args.seed,
+        sink_token=sink_token,
     )
 
     def snapshot() -> None:
@@ -175,9 +192,9 @@ def train(args: argparse.Namespace) -> None:
     started = time.monotonic()
     next_snapshot = SNAPSHOT_SECONDS
     average = math.nan
-    while state.seconds < limit:
+    while (done := state.steps / args.steps if args.steps else state.seconds / limit) < 1:
         inputs, targets = next(data)
-        rate = learning_rate(state.seconds / limit, args.lr)
+        rate = learning_rate(done, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
@@ -198,12 +215,14 @@ def train(args: argparse.Namespace) -> None:
             line = f"step {state.steps} tokens {state.tokens} loss {average:.4f} lr {rate:.2e}"
             print(f"{line} tokens/s {state.tokens / state.seconds:.0f}", flush=True)
         if state.steps % 500 == 0:
-            print(f"held-out loss {evaluate(model, held_out, args.batch):.4f}", flush=True)
+            measured = evaluate(model, held_out, args.batch, sink_token)
+            print(f"held-out loss {measured:.4f}", flush=True)
         if state.seconds >= next_snapshot:
             next_snapshot += SNAPSHOT_SECONDS
             snapshot()
     snapshot()
-    print(f"done, held-out loss {evaluate(model, held_out, args.batch):.4f}", flush=True)
+    final = evaluate(model, held_out, args.batch, sink_token)
+    print(f"done, held-out loss {final:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Quality of endless streams, measured by teacher forcing through the real engine."""
