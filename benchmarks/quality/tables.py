@@ -91,8 +91,8 @@ def arms(runs: Runs) -> Iterator[str]:
     yield table(["stream position", *names], rows)
     if any(name.startswith("recompute") for name in names):
         yield (
-            "Recomputation is measured at sampled positions, so its perplexities do not compare with "
-            "those beside them, which are over all tokens; the ratios below do."
+            "Recomputation is measured at sampled positions, so its perplexities compare with "
+            "those beside them, which are over all tokens, only by the ratios below."
         )
     for base in ("recompute-bos", "recompute"):
         if base in runs:
