@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from benchmarks.quality import work
-from benchmarks.quality.arms import Arm, sink
+from benchmarks.quality.arms import Arm, host, shared, sink
 from benchmarks.quality.buckets import Buckets, Interval, Series, ratio
 from benchmarks.quality.isolate import WorkError, isolated
+from benchmarks.quality.short import last_line
 from benchmarks.quality.store import Store, StoreError, read
+from benchmarks.quality.tables import BEGIN, END, into
 from benchmarks.quality.texts import TextError, Texts
 from benchmarks.quality.work import Sampling, run_streams, window_before
 from tests.conftest import ModelFactory
@@ -238,3 +240,40 @@ def test_an_error_in_the_process_is_reported() -> None:
 
 def _divide(number: int) -> Iterator[int]:
     yield random.randrange(10) // number
+
+
+def test_arms_that_share_an_engine_fit_into_it() -> None:
+    """No request may have more window or more tokens than the engine's own."""
+    arms = [sink(sinks, capacity) for sinks in (0, 4, 8) for capacity in (96, 256)]
+    other = [sink(4, 256, 64), Arm(name="full", kind="full", limit=100)]
+
+    groups = shared([*arms, *other])
+    engine = host(groups[0])
+
+    assert groups == [arms, *([one] for one in other)]
+    assert engine.schedule.capacity == 256
+    assert all(arm.window <= engine.window for arm in arms)
+    assert all(arm.schedule.capacity <= 256 for arm in arms)
+    assert host(groups[1]) is other[0]
+
+
+def test_the_short_version_ends_with_its_line() -> None:
+    """Tokens of all arms, and perplexities at the positions shared with recomputation."""
+    runs = {
+        arm: {text: Series(rows=[{"tokens": 10}], at={5: 1.0 + more, 6: 9.0}) for text in "ab"}
+        for arm, more in (("sink", 0.0), ("window", 0.5), ("full", 2.0))
+    }
+    runs["recompute-bos"] = {text: Series(at={5: 1.0}) for text in "ab"}
+
+    assert last_line(runs) == (
+        "quality: tokens=60 sink/recompute=1.000 window/recompute=1.649 full/recompute=7.389"
+    )
+
+
+def test_tables_replace_what_stands_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+
+    into(page, "new")
+
+    assert page.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"

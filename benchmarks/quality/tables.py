@@ -89,6 +89,11 @@ def arms(runs: Runs) -> Iterator[str]:
         if not all(math.isnan(value) for value in values):
             rows.append([f"{begin:,}–{end:,}", *map(number, values)])
     yield table(["stream position", *names], rows)
+    if any(name.startswith("recompute") for name in names):
+        yield (
+            "Recomputation is measured at sampled positions, so its perplexities compare with "
+            "those beside them, which are over all tokens, only by the ratios below."
+        )
     for base in ("recompute-bos", "recompute"):
         if base in runs:
             yield f"Perplexity ÷ that of `{base}` at the same positions (95% interval over texts):"
