@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -45,6 +46,11 @@ WORDS = [
     "im_end",
     "<|im_",
     "▁a",
+    "\n",
+    "\r\n",
+    ".\n",
+    "12",
+    "# a",
 ]
 
 
@@ -69,8 +75,50 @@ def trained(
     return built
 
 
+def byte_level(pattern: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that splits words by ``pattern``."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return _with_all_bytes(inner, pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Llama 2's kind: no words, spaces are ▁, unknown characters are bytes."""
+    inner = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return _with_all_bytes(inner, ["▁"], ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])
+
+
+def _with_all_bytes(
+    inner: Tokenizer, alphabet: list[str], special: list[str] | None = None
+) -> PreTrainedTokenizerFast:
+    inner.train_from_iterator(
+        ["self return value 12 .. # a a▁\n"] * 20,
+        trainers.BpeTrainer(
+            vocab_size=600, initial_alphabet=alphabet, special_tokens=special or [], min_frequency=2
+        ),
+    )
+    built = PreTrainedTokenizerFast(tokenizer_object=inner)
+    built.add_tokens([AddedToken("<|im_start|>", normalized=False, special=True)])
+    return built
+
+
+LLAMA_3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 MAKERS: dict[str, Callable[[], Any]] = {
     "byte level": lambda: tokenizer(CHATML),
+    "pattern of Llama 3": lambda: byte_level(LLAMA_3_PATTERN),
+    "byte fallback": byte_fallback,
     "repository's model": lambda: AutoTokenizer.from_pretrained(MODEL),
     "space before the first word only": lambda: trained(
         pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -110,6 +158,7 @@ def test_ids_are_those_of_the_whole_text(
     maker: Callable[[], Any], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_COMPARED", 0)  # nothing may be put right behind the scenes
+    monkeypatch.setattr(module, "_LONG", 3)
     plain = maker()
     names = [token.content for token in plain.added_tokens_decoder.values()]
     by_segment = SegmentTokenizer(plain)
@@ -142,6 +191,55 @@ def test_only_what_is_new_is_encoded() -> None:
     assert len(seen) == 1
     assert seen[0].endswith("and one more")
     assert ids == plain(f"{history}{special}and one more", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_cuts_between_lines(maker: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken where they are safe, and nowhere else."""
+    monkeypatch.setattr(module, "_COMPARED", 0)
+    plain = maker()
+    by_segment = SegmentTokenizer(plain)
+    text = "\n".join(f"# line {i}" for i in range(400))
+
+    assert by_segment.encode(text) == plain(text, add_special_tokens=False)["input_ids"]
+
+    # The other tokenizers do not know the line feed, or take white space along.
+    kinds = ("byte level", "pattern of Llama 3", "byte fallback", "repository's model")
+    cut = maker in [MAKERS[kind] for kind in kinds]
+    assert (len(by_segment._remembered) > 1) == cut
+
+
+def test_a_token_across_lines_forbids_cutting_there() -> None:
+    plain = tokenizer(CHATML)
+    plain.add_tokens(["\nself"])
+    text = "value\nself" * 300
+
+    by_segment = SegmentTokenizer(plain)
+
+    assert by_segment.encode(text) == plain(text, add_special_tokens=False)["input_ids"]
+    assert len(by_segment._remembered) == 1
+
+
+def test_a_line_more_costs_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template without special tokens: what is encoded does not grow with the history."""
+    plain = AutoTokenizer.from_pretrained(MODEL)
+    by_segment = SegmentTokenizer(plain)
+    history = "".join(f"# user: {i} is not {i + 1}\n# assistant: no\n" for i in range(1000))
+    for _ in range(module._COMPARED):
+        by_segment.encode(history)
+    seen: list[str] = []
+    encode = by_segment._encode
+
+    def watched(texts: list[str]) -> list[list[int]]:
+        seen.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(by_segment, "_encode", watched)
+
+    ids = by_segment.encode(history + "# user: and now\n")
+
+    assert ids == plain(history + "# user: and now\n", add_special_tokens=False)["input_ids"]
+    assert sum(map(len, seen)) < 2 * module._LONG
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

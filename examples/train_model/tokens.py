@@ -19,11 +19,16 @@ BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 BOS_SLOT = "{{ bos_token }}"
 CHAT_TEMPLATE = (
-    BOS_SLOT
-    + "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    BOS_SLOT + "{% for message in messages %}# {{ message['role'] }}:"
+    "{% if message['role'] != 'assistant' or message['content'][:1] not in [' ', '\\n'] %}"
+    " {% endif %}{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}# assistant:{% endif %}"
 )
-"""Roles are Python comments, which is the only prose the model has seen."""
+"""Roles are Python comments, which is the only prose the model has seen.
+
+A reply begins with the white space that the model generates after the colon; another space in front
+of it would make the resent reply a different text, and no page of it would be found again.
+"""
 
 TokenArray = npt.NDArray[np.uint16]
 

@@ -7,12 +7,17 @@ left to right, the longest match first (``AddedVocabulary::extract_and_normalize
 normalises, splits and encodes what stands between two of them on its own. So a conversation is the
 concatenation of its segments, and only segments that have not been seen lately are encoded.
 
+Templates without special tokens between the messages, and long messages, are cut between lines too,
+where the vocabulary rules out that anything reaches across: behind a single line feed with no white
+space around it, if no token contains such a place.
+
 The first prompts are encoded both ways; a tokenizer that does otherwise is found out then.
 """
 
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from threading import Lock
 from typing import Any
 
@@ -23,6 +28,18 @@ logger = init_logger(f"vllm.{__name__}")
 
 _REMEMBERED = 1 << 23  # tokens of segments, 4 bytes each; their texts take about as much again
 _COMPARED = 16  # prompts
+_LONG = 1024  # characters; what is longer is cut at the next line
+_LINE = re.compile(r"(?<=\S)\n(?=\S)")  # runs of white space are split by what follows them
+# Byte-level vocabularies write the line feed as Ċ, the space as Ġ, the tab as ĉ, the return as č.
+_ACROSS = re.compile(r"[\nĊ][^\sĊĠĉč]")
+
+
+class _Lead(Enum):
+    """What stands before a segment."""
+
+    NOTHING = 0
+    TOKEN = 1
+    LINE_FEED = 2
 
 
 class SegmentTokenizer:
@@ -58,9 +75,18 @@ class SegmentTokenizer:
         self._any = re.compile("|".join(map(re.escape, longest_first)))
         self._separator = next(iter(self._ids))
         self._tokenizer = tokenizer
+        self._before = {
+            _Lead.NOTHING: "",
+            _Lead.TOKEN: self._separator,
+            _Lead.LINE_FEED: self._separator + "\n",
+        }
+        self._ids_before = {
+            lead: self._encode([text])[0] if text else [] for lead, text in self._before.items()
+        }
+        self._by_line = _lines_stand_alone(tokenizer)
         self._lock = Lock()
         # LRUCache weighs values only.
-        self._remembered: LRUCache[tuple[bool, str], array[int]] = LRUCache(
+        self._remembered: LRUCache[tuple[_Lead, str], array[int]] = LRUCache(
             _REMEMBERED, getsizeof=len
         )
         self._to_compare = _COMPARED
@@ -86,40 +112,63 @@ class SegmentTokenizer:
 
     def _by_segment(self, text: str) -> list[int]:
         segments = list(self._segments(text))
-        keys = [(i > 0, segment) for i, (_, segment) in enumerate(segments)]
+        keys = [(lead, segment) for _, lead, segment in segments]
         with self._lock:
             known = {key: self._remembered.get(key) for key in keys if key[1]}
         missing = [key for key, ids in known.items() if ids is None]
-        # Behind another token, as in the text: some tokenizers treat the start of a text specially.
-        encoded = self._encode(
-            [self._separator + segment if inside else segment for inside, segment in missing]
-        )
+        # Behind what it stands behind: some tokenizers treat the start of a text specially.
+        encoded = self._encode([self._before[lead] + segment for lead, segment in missing])
         for key, ids in zip(missing, encoded, strict=True):
-            known[key] = array("i", ids[1:] if key[0] else ids)
+            known[key] = array("i", ids[len(self._ids_before[key[0]]) :])
         with self._lock:
             for key in missing:
                 found = known[key]
                 if found and len(found) <= _REMEMBERED // 8:
                     self._remembered[key] = found
         result: list[int] = []
-        for (special, _), key in zip(segments, keys, strict=True):
+        for (special, _, _), key in zip(segments, keys, strict=True):
             if special is not None:
                 result.append(special)
             result.extend(known.get(key) or ())
         return result
 
-    def _segments(self, text: str) -> Iterator[tuple[int | None, str]]:
-        """The special token before each segment (``None`` at the start), and the segment."""
-        special, begin = None, 0
+    def _segments(self, text: str) -> Iterator[tuple[int | None, _Lead, str]]:
+        """The special token before each segment (``None``: there is none), what it is to the
+        tokenizer, and the segment."""
+        special, lead, begin = None, _Lead.NOTHING, 0
         for match in self._any.finditer(text):
             index = self._ids.get(match[0])
             if index is not None:
-                yield special, text[begin : match.start()]
-                special, begin = index, match.end()
-        yield special, text[begin:]
+                yield from self._pieces(special, lead, text, begin, match.start())
+                special, lead, begin = index, _Lead.TOKEN, match.end()
+        yield from self._pieces(special, lead, text, begin, len(text))
+
+    def _pieces(
+        self, special: int | None, lead: _Lead, text: str, begin: int, end: int
+    ) -> Iterator[tuple[int | None, _Lead, str]]:
+        """A segment in pieces of lines, cut from its beginning on: what follows moves no cut."""
+        while self._by_line and (match := _LINE.search(text, begin + _LONG, end)):
+            yield special, lead, text[begin : match.end()]
+            special, lead, begin = None, _Lead.LINE_FEED, match.end()
+        yield special, lead, text[begin:end]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         found: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return found
+
+
+def _lines_stand_alone(tokenizer: Any) -> bool:
+    """Whether no token and no normalisation of ``tokenizer`` reaches from a line into the next."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or any(map(_ACROSS.search, tokenizer.get_vocab())):
+        return False
+    added = tokenizer.added_tokens_decoder.values()
+    if any(token.lstrip or token.rstrip or token.single_word for token in added):
+        return False
+    line_feed = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id in line_feed:  # neighbours may become one unknown token
+        return False
+    normalizer = backend.normalizer
+    return normalizer is None or normalizer.normalize_str("\nx\nx\n").endswith("\nx\nx\n")
