@@ -156,6 +156,26 @@ def test_prompt_that_ends_inside_a_character(tokenizer: Any) -> None:
     both(tokenizer, in_steps(text_tokens(tokenizer, 10), ones()), prompt=(72, 105, 0xE2, 0x82))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_long_prompts_of_any_end(tokenizer: Any, seed: int, kind: str) -> None:
+    """Only their end is decoded: bytes that are no text, special tokens, spaces, whole words."""
+    rng = random.Random(seed)
+    prompt = text_tokens(tokenizer, 5)
+    prompt += [rng.randrange(len(tokenizer)) for _ in range(rng.choice((0, 1, 40)))]
+    prompt += [tokenizer.convert_tokens_to_ids(SPECIAL[0])] * rng.choice((0, 0, 1, 40, 70))
+    prompt += text_tokens(tokenizer, 1)[: rng.choice((0, 1, 2, 20))]
+    answer = text_tokens(tokenizer, 2)[rng.randint(0, 20) :]
+
+    both(tokenizer, in_steps(answer, ones()), prompt=prompt)
+
+    if kind == "fast":
+        ours = Processor(tokenizer, params(), ours=True, prompt=prompt)
+        unfinished = tokenizer.decode(prompt, skip_special_tokens=True).endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        )
+        assert unfinished or len(ours.state.detokenizer._context) < min(len(prompt), 200)
+
+
 @pytest.mark.parametrize(
     "endless",
     [[0x80], [0xE2, 0x82], [0xF0, 0x9F, 0x98], [0xFF, 0xC3, 0xA9], [-1]],

@@ -298,14 +298,19 @@ def test_the_renderer_of_a_server(policy: str) -> None:
     plain = renderer.get_tokenizer()
     special = plain.all_special_tokens[-1]
     chat, completion = renderer.default_chat_tok_params, renderer.default_cmpl_tok_params
-    unlimited = {"max_total_tokens": None}
     text = special.join(f"message {i}" for i in range(400))
 
-    for params in (replace(chat, **unlimited), replace(completion, **unlimited)):
+    # What front ends ask for: the lengths that the policy shows them, or what a client cuts off.
+    assert chat.get_encode_kwargs()["truncation"]
+    for params in (chat, completion):
+        if policy == "full":  # this text is longer than the model's context
+            params = replace(params, max_total_tokens=None)
         prompt = renderer._tokenize_prompt({"prompt": text}, params)
         expected = plain(text, add_special_tokens=params.add_special_tokens)["input_ids"]
         assert prompt["prompt_token_ids"] == expected
         assert prompt["prompt"] == text
+    cut = renderer._tokenize_prompt({"prompt": text}, replace(chat, truncate_prompt_tokens=7))
+    assert len(cut["prompt_token_ids"]) == 7
     _, by_segment = getattr(renderer, "_sink_vllm_segments", (None, None))
     assert (by_segment is not None) == (policy == "sink")
     if by_segment is not None:

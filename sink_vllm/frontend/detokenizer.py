@@ -98,8 +98,29 @@ class EndlessFastDetokenizer(_ForgetfulText, FastIncrementalDetokenizer):
         self._held: list[int] = []
 
     def begin_after(self, prompt_token_ids: Sequence[int]) -> None:
-        """``prompt_token_ids``: what the stream was primed with; not copied."""
-        self._context = prompt_token_ids
+        """``prompt_token_ids``: what the stream was primed with.
+
+        The stream decodes all of it with its first step, which would make the first token of an
+        answer wait for the whole conversation; the end is enough.
+        """
+        self._context = self._end_of(prompt_token_ids)
+        if len(self._context) < len(prompt_token_ids):
+            self.stream = tokenizers.decoders.DecodeStream(
+                ids=self._context, skip_special_tokens=self.skip_special_tokens
+            )
+
+    def _end_of(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The last tokens that have a text, as the first text of all may lose a space; all of them
+        if they end within a character."""
+        length = 2 * _CONTEXT
+        while length < len(token_ids):
+            text = self._decode(token_ids[-length:])
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                break
+            if text.strip():
+                return list(token_ids[-length:])
+            length *= 2
+        return token_ids
 
     def _protected_step(self, next_token_id: int) -> str | None:
         stream = self.stream

@@ -20,16 +20,16 @@ def _wrap_tokenize_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, prompt, params)
         options = params.get_encode_kwargs()
         # What a tokenizer adds around a text, cuts off it or says of it is its own business.
-        if (
-            options.get("add_special_tokens", True)
-            or options.get("truncation")
-            or self._wants_offsets(prompt, params)
-        ):
+        if options.get("add_special_tokens", True) or self._wants_offsets(prompt, params):
             return original(self, prompt, params)
         segments = _segments_of(self)
         if segments is None:
             return original(self, prompt, params)
-        return self._build_tokens_prompt(segments.encode(text), prompt)
+        ids = segments.encode(text)
+        # Always a limit in a server, though few prompts reach it (``TokenizeParams``).
+        if options.get("truncation") and len(ids) > options["max_length"]:
+            return original(self, prompt, params)
+        return self._build_tokens_prompt(ids, prompt)
 
     return _tokenize_prompt
 
