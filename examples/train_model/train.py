@@ -106,11 +106,13 @@ def batches(
 
 
 @torch.no_grad()
-def evaluate(model: CompactLlama, rows: TokenArray, batch: int, sink_token: bool) -> float:
+def evaluate(
+    model: CompactLlama, rows: TokenArray, batch: int, sink_token: bool, bfloat16: bool = True
+) -> float:
     """Mean held-out loss in nats per token over whole batches of ``rows``."""
     losses = []
     for start in range(0, len(rows) - batch + 1, batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             losses.append(float(model(*samples(rows[start : start + batch], sink_token))))
     return sum(losses) / len(losses)
 
@@ -139,6 +141,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="samples of 256 tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="AdamW weight decay")
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="instead of bfloat16, which processors without AVX-512 only emulate",
+    )
     parser.add_argument(
         "--no-compile", action="store_true", help="skip torch.compile (slower, no compiler needed)"
     )
@@ -197,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
         rate = learning_rate(done, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
             loss = model(inputs, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -215,13 +222,13 @@ def train(args: argparse.Namespace) -> None:
             line = f"step {state.steps} tokens {state.tokens} loss {average:.4f} lr {rate:.2e}"
             print(f"{line} tokens/s {state.tokens / state.seconds:.0f}", flush=True)
         if state.steps % 500 == 0:
-            measured = evaluate(model, held_out, args.batch, sink_token)
+            measured = evaluate(model, held_out, args.batch, sink_token, not args.float32)
             print(f"held-out loss {measured:.4f}", flush=True)
         if state.seconds >= next_snapshot:
             next_snapshot += SNAPSHOT_SECONDS
             snapshot()
     snapshot()
-    final = evaluate(model, held_out, args.batch, sink_token)
+    final = evaluate(model, held_out, args.batch, sink_token, not args.float32)
     print(f"done, held-out loss {final:.4f}", flush=True)
 
 
