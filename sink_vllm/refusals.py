@@ -121,10 +121,10 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
-        "local attention layers",
-        "layers with a sliding window or chunked attention of their own",
-        lambda f: f.local_attention,
-        "vLLM manages their pages in a group of its own, with an eviction rule of its own",
+        "chunked attention",
+        "chunked, dual-chunk or reference-window attention",
+        lambda f: f.chunked_attention,
+        "what a token sees depends on where it is in the text, not only on what is how far back",
         _OTHER_MODEL,
     ),
     Refusal(

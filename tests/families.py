@@ -42,9 +42,13 @@ class Family:
     """Whether it is tested on the V2 model runner, too."""
 
     @property
+    def architecture(self) -> str:
+        return f"{self.model.removesuffix('Text')}ForCausalLM"
+
+    @property
     def model_class(self) -> Any:
         """Of transformers."""
-        return getattr(transformers, f"{self.model}ForCausalLM")
+        return getattr(transformers, self.architecture)
 
     @property
     def slug(self) -> str:
@@ -64,6 +68,8 @@ GPT2_NAMES = {
     "n_layer": LAYERS,
     "n_positions": MAX_POSITIONS,
 }
+HYBRID = {"num_hidden_layers": 4, "sliding_window": 24}
+GEMMA_HYBRID = {**HYBRID, **TIED, "query_pre_attn_scalar": HEAD_SIZE}
 FALCON = {"ffn_hidden_size": 4 * HIDDEN, "bias": False}
 
 FAMILIES = (
@@ -181,6 +187,83 @@ FAMILIES = (
         tied_gain=1.0,
     ),
     Family(
+        name="Mistral 7B v0.1",
+        model="Mistral",
+        special="a sliding window in every layer",
+        settings={"sliding_window": 29},
+    ),
+    Family(
+        name="Gemma 2",
+        model="Gemma2",
+        special="hybrid, soft caps",
+        settings={
+            **GEMMA_HYBRID,
+            "attn_logit_softcapping": 5.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        tied_gain=1.0,
+    ),
+    Family(
+        name="Gemma 3",
+        quick=True,
+        v2=True,
+        model="Gemma3Text",
+        special="hybrid, two bases of rotation",
+        settings={
+            **GEMMA_HYBRID,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+            },
+        },
+        tied_gain=1.0,
+    ),
+    Family(
+        name="gpt-oss",
+        model="GptOss",
+        special="hybrid, learned softmax sinks, yarn scaling",
+        settings={
+            **HYBRID,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+        },
+    ),
+    Family(
+        name="Command R7B",
+        model="Cohere2",
+        special="hybrid, full attention without rotation (NoPE), window into the sinks",
+        still=(3,),
+        settings={
+            **HYBRID,
+            **TIED,
+            "sliding_window": 48,
+            "logit_scale": 1.0,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        },
+    ),
+    Family(
+        name="OLMo 3",
+        model="Olmo3",
+        special="hybrid, norms after attention, window as long as the cache",
+        settings={
+            **HYBRID,
+            "sliding_window": 64,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+        },
+    ),
+    Family(
         name="OLMoE",
         model="Olmoe",
         special="mixture of experts, norms of whole projections",
@@ -274,7 +357,7 @@ def config_of(family: Family) -> PreTrainedConfig:
         "eos_token_id": EOS,
         "pad_token_id": PAD,
         "dtype": "float32",
-        "architectures": [f"{family.model}ForCausalLM"],
+        "architectures": [family.architecture],
     }
     if "n_embd" in family.settings or family.model in ("Bloom", "GPTNeoX", "Falcon"):
         for name in ("num_key_value_heads", "head_dim"):

@@ -21,11 +21,16 @@ from transformers.cache_utils import DynamicLayer
 
 from tests.oracle import Oracle
 
-Rotate = Callable[[torch.Tensor], torch.Tensor]
+Rotate = Callable[[torch.Tensor, int], torch.Tensor]
+"""Keys ``[1, heads, n, head_size]`` of a layer, rotated by their index."""
 
 
 class UnrotatedCache(DynamicCache):
-    """Keys as they were before rotation, and how to rotate ``n`` of them by their index."""
+    """Keys as they were before rotation, and how to rotate ``n`` of them by their index.
+
+    Layers with a sliding window keep all of them, too: the model's mask, made from the number of
+    cached tokens, lets a query see the last ``sliding_window`` of them.
+    """
 
     rotate: Rotate | None = None
     """Set by ``_Rotary`` when the layer that runs has rotated its query, cleared by ``update``."""
@@ -40,7 +45,7 @@ class UnrotatedCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().update(key_states, value_states, layer_idx)
         rotate, self.rotate = self.rotate, None
-        return (keys if rotate is None else rotate(keys)), values
+        return (keys if rotate is None else rotate(keys, layer_idx)), values
 
     def drop(self, begin: int, end: int) -> None:
         """Remove cache positions ``[begin, end)``; later ones move down."""
@@ -73,7 +78,8 @@ class _Rotary:
         self.original: Callable[..., Any] | None = getattr(
             self.module, "apply_rotary_pos_emb", None
         )
-        self.cos, self.sin = _cos_sin(model, capacity)
+        self.cos_sin = _cos_sin(model, capacity)
+        self.layer_types = getattr(model.config, "layer_types", None)
         self.cache = UnrotatedCache()
 
     @contextmanager
@@ -99,15 +105,21 @@ class _Rotary:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.original is not None
         size = k.shape[-1]  # smaller than the head where the caller splits it
-        self.cache.rotate = lambda keys: self._by_index(keys, size)
+        self.cache.rotate = lambda keys, layer: self._by_index(keys, layer, size)
         return self.original(q, k, cos, sin)[0], k
 
-    def _by_index(self, keys: torch.Tensor, size: int) -> torch.Tensor:
+    def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
         assert self.original is not None
-        n = keys.shape[2]
+        cos, sin = self._cos_sin_of(layer, keys.shape[2])
         part = keys[..., :size]
-        rotated = self.original(part, part, self.cos[:, :n], self.sin[:, :n])[1]
+        rotated = self.original(part, part, cos, sin)[1]
         return torch.cat((rotated, keys[..., size:]), dim=-1)
+
+    def _cos_sin_of(self, layer: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of cache positions ``0..n-1`` in a layer."""
+        one = next(iter(self.cos_sin)) if len(self.cos_sin) == 1 else self.layer_types[layer]
+        cos, sin = self.cos_sin[one]
+        return cos[:, :n], sin[:, :n]
 
 
 class _RotaryGPTJ(_Rotary):
@@ -121,27 +133,33 @@ class _RotaryGPTJ(_Rotary):
         if self.calls % 2 == 0:
             return self.original(tensor, sin, cos)
         size = tensor.shape[-1]
-        self.cache.rotate = lambda keys: self._by_index(keys, size)
+        self.cache.rotate = lambda keys, layer: self._by_index(keys, layer, size)
         return tensor
 
-    def _by_index(self, keys: torch.Tensor, size: int) -> torch.Tensor:
+    def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
         assert self.original is not None
-        n = keys.shape[2]
+        cos, sin = self._cos_sin_of(layer, keys.shape[2])
         part = keys[..., :size].transpose(1, 2)
-        rotated = self.original(part, self.sin[:, :n], self.cos[:, :n]).transpose(1, 2)
+        rotated = self.original(part, sin, cos).transpose(1, 2)
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
 
-def _cos_sin(model: Any, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the model's rotary module for cache positions ``0..capacity-1``."""
+def _cos_sin(model: Any, capacity: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines and sines of the model's rotary module for cache positions ``0..capacity-1``.
+
+    By type of layer, for models whose types rotate differently (Gemma 3); else under one name.
+    """
     positions = torch.arange(capacity)[None]
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
-            return module(torch.zeros(1), positions)
+            types = getattr(module, "layer_types", None)
+            if types is None:
+                return {"all": module(torch.zeros(1), positions)}
+            return {one: module(torch.zeros(1), positions, one) for one in types}
         if hasattr(module, "embed_positions"):  # GPT-J: a table [sin | cos] in every layer
             sin, cos = module.embed_positions[:capacity][None].chunk(2, dim=-1)
-            return cos, sin
-    return torch.empty(1, 0), torch.empty(1, 0)
+            return {"all": (cos, sin)}
+    return {}
 
 
 def _without_approximations(model: Any) -> Any:

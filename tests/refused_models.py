@@ -32,16 +32,5 @@ REFUSED = (
     Refused(name="LLaVA", config="LlavaConfig", row="multimodal", needs="torchvision"),
     Refused(name="DeepSeek-V2", config="DeepseekV2Config", row="MLA"),
     Refused(name="DeepSeek-V3", config="DeepseekV3Config", row="MLA"),
-    Refused(
-        name="Mistral 7B v0.1",
-        config="MistralConfig",
-        row="local attention layers",
-        settings={"sliding_window": 4096},
-    ),
-    Refused(name="Gemma 2", config="Gemma2Config", row="local attention layers"),
-    Refused(name="Gemma 3", config="Gemma3TextConfig", row="local attention layers"),
-    Refused(name="gpt-oss", config="GptOssConfig", row="local attention layers"),
-    Refused(name="Command R7B", config="Cohere2Config", row="local attention layers"),
-    Refused(name="OLMo 3", config="Olmo3Config", row="local attention layers"),
-    Refused(name="Llama 4", config="Llama4TextConfig", row="local attention layers"),
+    Refused(name="Llama 4", config="Llama4TextConfig", row="chunked attention"),
 )

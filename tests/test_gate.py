@@ -35,7 +35,10 @@ CASES: dict[str, tuple[Facts, str]] = {
     "multimodal": (Facts(multimodal=True, architecture="Llava"), "Llava"),
     "MLA": (Facts(mla=True, architecture="DeepseekV2ForCausalLM"), "DeepseekV2ForCausalLM"),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
-    "local attention layers": (Facts(local_attention="sliding_window=128"), "sliding_window=128"),
+    "chunked attention": (
+        Facts(chunked_attention="attention_chunk_size=8192"),
+        "attention_chunk_size=8192",
+    ),
     "unequal layers": (Facts(unequal_layers=True), "LlamaForCausalLM"),
     "shared KV layers": (Facts(shared_kv_layers=10), "10"),
     "learned absolute positions": (

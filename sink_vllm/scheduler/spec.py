@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from sink_vllm.schedule import Schedule, pages_per_stream
@@ -32,11 +32,26 @@ class StreamingLLMSpec(FullAttentionSpec):
 
     @classmethod
     def wrap(
-        cls, spec: FullAttentionSpec, config: SinkConfig, rope_rows: int | None
+        cls,
+        spec: FullAttentionSpec | SlidingWindowSpec,
+        config: SinkConfig,
+        rope_rows: int | None,
+        block_size: int,
     ) -> StreamingLLMSpec:
-        """``spec`` under the policy ``config``."""
+        """``spec`` under the policy ``config``, in pages of ``block_size`` tokens.
+
+        The spec of a layer with a sliding window of its own says nothing of it afterwards: its
+        pages are those of the stream, and its attention kernel takes the window from the layer.
+        """
         return cls(
-            **_fields_of(spec),
+            **_fields_of(
+                replace_as(
+                    spec,
+                    FullAttentionSpec,
+                    drop=("sliding_window", "extra_retained_tokens"),
+                    block_size=block_size,
+                )
+            ),
             sink_tokens=config.schedule.sink_tokens,
             window=config.schedule.window,
             stride=config.schedule.stride,

@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.scheduler.spec import StreamingLLMSpec
@@ -35,12 +40,13 @@ class StreamingLLMRunner(_Runner):
         return config
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The model's specs, its full-attention layers under the policy."""
+        """The model's specs, its layers of full and of sliding-window attention under the policy."""
         config = self._config
+        block_size = self.cache_config.block_size
         rows = rope_rows(self.attention_layers)
         return {
-            name: StreamingLLMSpec.wrap(spec, config, rows)
-            if type(spec) is FullAttentionSpec
+            name: StreamingLLMSpec.wrap(spec, config, rows, block_size)
+            if type(spec) is FullAttentionSpec or type(spec) is SlidingWindowSpec
             else spec
             for name, spec in super().get_kv_cache_spec().items()
         }
