@@ -228,7 +228,14 @@ FAMILIES = (
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            **rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+            **rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+            ),
         },
     ),
     Family(
@@ -242,25 +249,6 @@ FAMILIES = (
             "sliding_window": 48,
             "logit_scale": 1.0,
             "layer_types": [*["sliding_attention"] * 3, "full_attention"],
-        },
-    ),
-    Family(
-        name="OLMo 3",
-        model="Olmo3",
-        special="hybrid, norms after attention, window as long as the cache",
-        settings={
-            **HYBRID,
-            "sliding_window": 64,
-            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                "full_attention": {
-                    "rope_type": "yarn",
-                    "rope_theta": 10000.0,
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                },
-            },
         },
     ),
     Family(
@@ -310,6 +298,26 @@ FAMILIES = (
     ),
     Family(name="OLMo", model="Olmo", special="norms without weights", backend="transformers"),
     Family(name="OLMo 2", model="Olmo2", special="norms after attention", backend="transformers"),
+    Family(
+        name="OLMo 3",
+        model="Olmo3",
+        backend="transformers",
+        special="hybrid, norms after attention, window as long as the cache",
+        settings={
+            **HYBRID,
+            "sliding_window": 64,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+        },
+    ),
     Family(
         name="GLM-4-9B",
         model="Glm",

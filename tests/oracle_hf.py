@@ -174,11 +174,19 @@ class HFModel:
     """A checkpoint run by transformers, in the shape ``tests.oracle`` calls."""
 
     def __init__(self, folder: Path) -> None:
+        config = AutoConfig.from_pretrained(folder)
         # Falcon's eager attention adds ALiBi twice, in the mask and to the scores.
-        falcon = AutoConfig.from_pretrained(folder).model_type == "falcon"
+        falcon = config.model_type == "falcon"
+        if config.model_type == "cohere2":
+            # It was trained with one token more than its window says; vLLM adds it, transformers
+            # does not.
+            config.sliding_window += 1
         self.model = _without_approximations(
             AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa" if falcon else "eager"
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="sdpa" if falcon else "eager",
             )
         )
 

@@ -2,15 +2,10 @@
 
 from typing import Any
 
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.config import SinkConfig
-from sink_vllm.scheduler.spec import StreamingLLMSpec
+from sink_vllm.scheduler.spec import under_policy
 from sink_vllm.worker.layers import AttentionLayer, attention_layers, rope_rows
 from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
@@ -40,14 +35,11 @@ class StreamingLLMRunner(_Runner):
         return config
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The model's specs, its layers of full and of sliding-window attention under the policy."""
-        config = self._config
+        """The model's specs, its attention layers under the policy."""
+        config, rows = self._config, rope_rows(self.attention_layers)
         block_size = self.cache_config.block_size
-        rows = rope_rows(self.attention_layers)
         return {
-            name: StreamingLLMSpec.wrap(spec, config, rows, block_size)
-            if type(spec) is FullAttentionSpec or type(spec) is SlidingWindowSpec
-            else spec
+            name: under_policy(spec, config, rows, block_size)
             for name, spec in super().get_kv_cache_spec().items()
         }
 
