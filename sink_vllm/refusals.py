@@ -108,9 +108,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "MLA",
-        "multi-head latent attention",
-        lambda f: _if(f.mla, f.architecture),
-        "its pages hold compressed keys with a separate rotary part",
+        "multi-head latent attention on GPUs",
+        lambda f: _if(f.mla and f.platform != "cpu", f.architecture),
+        "its pages have been moved on CPUs only",
         _OTHER_MODEL,
     ),
     Refusal(
@@ -201,7 +201,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "no chunked prefill",
         "chunked prefill switched off",
-        lambda f: _if(not f.chunked_prefill, "--no-enable-chunked-prefill"),
+        # vLLM switches it off for latent attention on CPUs, which then goes token by token.
+        lambda f: _if(not f.chunked_prefill and not f.mla, "--no-enable-chunked-prefill"),
         "a prompt longer than the cache is computed in chunks, evicting between them",
         "drop --no-enable-chunked-prefill",
         final=True,

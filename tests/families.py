@@ -34,6 +34,8 @@ class Family:
     """Whose model code vLLM 0.32 runs: its own, or that of transformers."""
     still: tuple[int, ...] = ()
     """Layers whose keys do not depend on the position."""
+    page: int = 32
+    """Tokens per KV page: the smallest of the attention backend."""
     tied_gain: float = 4.0
     """Scale of embeddings that are the output's weights, too."""
     quick: bool = False
@@ -70,6 +72,29 @@ GPT2_NAMES = {
 }
 HYBRID = {"num_hidden_layers": 4, "sliding_window": 24}
 GEMMA_HYBRID = {**HYBRID, **TIED, "query_pre_attn_scalar": HEAD_SIZE}
+LATENT = {
+    "num_key_value_heads": HEADS,
+    "kv_lora_rank": 512,  # the one shape of vLLM's latent attention on CPUs
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": HEAD_SIZE,
+    "v_head_dim": HEAD_SIZE,
+    "head_dim": 64,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    # Without scaling, vLLM 0.32 rotates the wrong numbers of a query on CPUs: it takes the rotated
+    # parts of its heads for neighbours in memory.
+    **rope(
+        "yarn",
+        factor=4.0,
+        original_max_position_embeddings=32,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    **MOE,
+}
 FALCON = {"ffn_hidden_size": 4 * HIDDEN, "bias": False}
 
 FAMILIES = (
@@ -256,6 +281,26 @@ FAMILIES = (
         model="Olmoe",
         special="mixture of experts, norms of whole projections",
         settings={"num_experts": 4, **MOE},
+    ),
+    Family(
+        name="DeepSeek-V2",
+        quick=True,
+        model="DeepseekV2",
+        special="latent attention (MLA), yarn scaling",
+        page=16,
+        settings={**LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    ),
+    Family(
+        name="DeepSeek-V3",
+        model="DeepseekV3",
+        special="latent attention (MLA), latent queries",
+        page=16,
+        settings={
+            **LATENT,
+            "q_lora_rank": 64,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+        },
     ),
     Family(
         name="Falcon-RW",

@@ -30,7 +30,5 @@ REFUSED = (
     Refused(name="Qwen3-Next", config="Qwen3NextConfig", row="recurrent layers"),
     Refused(name="Qwen2-VL", config="Qwen2VLConfig", row="multimodal M-RoPE", needs="torchvision"),
     Refused(name="LLaVA", config="LlavaConfig", row="multimodal", needs="torchvision"),
-    Refused(name="DeepSeek-V2", config="DeepseekV2Config", row="MLA"),
-    Refused(name="DeepSeek-V3", config="DeepseekV3Config", row="MLA"),
     Refused(name="Llama 4", config="Llama4TextConfig", row="chunked attention"),
 )

@@ -33,7 +33,10 @@ CASES: dict[str, tuple[Facts, str]] = {
     "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
     "multimodal M-RoPE": (Facts(mrope=True, multimodal=True, architecture="Qwen2VL"), "Qwen2VL"),
     "multimodal": (Facts(multimodal=True, architecture="Llava"), "Llava"),
-    "MLA": (Facts(mla=True, architecture="DeepseekV2ForCausalLM"), "DeepseekV2ForCausalLM"),
+    "MLA": (
+        Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
+        "DeepseekV2ForCausalLM",
+    ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "chunked attention": (
         Facts(chunked_attention="attention_chunk_size=8192"),
