@@ -38,6 +38,7 @@ class Refusal:
 
 
 _OTHER_MODEL = "serve this model with --kv-policy full"
+_OTHER_PLATFORM = f"{_OTHER_MODEL} on a GPU"
 
 
 def _if(applies: bool, value: object) -> object:
@@ -112,6 +113,13 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda f: _if(f.mla and f.platform != "cpu", f.architecture),
         "its pages have been moved on CPUs only",
         _OTHER_MODEL,
+    ),
+    Refusal(
+        "MLA without RoPE scaling",
+        "multi-head latent attention without RoPE scaling on CPUs",
+        lambda f: _if(f.mla and "default" in f.rope_types, f.architecture),
+        "vLLM 0.32 itself rotates the wrong numbers there, a part of the latents",
+        _OTHER_PLATFORM,
     ),
     Refusal(
         "sparse attention",

@@ -84,8 +84,8 @@ LATENT = {
     "n_shared_experts": 1,
     "n_group": 1,
     "topk_group": 1,
-    # Without scaling, vLLM 0.32 rotates the wrong numbers of a query on CPUs: it takes the rotated
-    # parts of its heads for neighbours in memory.
+    # Without scaling, vLLM 0.32 rotates the wrong numbers on CPUs: it takes the rotated parts of
+    # the tokens for neighbours in memory.
     **rope(
         "yarn",
         factor=4.0,
@@ -286,14 +286,14 @@ FAMILIES = (
         name="DeepSeek-V2",
         quick=True,
         model="DeepseekV2",
-        special="latent attention (MLA), yarn scaling",
+        special="latent attention (MLA; on CPUs only), yarn scaling",
         page=16,
         settings={**LATENT, "q_lora_rank": None, "topk_method": "greedy"},
     ),
     Family(
         name="DeepSeek-V3",
         model="DeepseekV3",
-        special="latent attention (MLA), latent queries",
+        special="latent attention (MLA; on CPUs only), latent queries",
         page=16,
         settings={
             **LATENT,
@@ -428,6 +428,7 @@ def _fill(model: Any, family: Family) -> None:
     """Draw every weight, by what its name says it does."""
     generator = torch.Generator().manual_seed(0)
     tied = model.config.tie_word_embeddings
+    offset = 1.0 if family.model.startswith("Gemma") else 0.0  # their norms add one to the weight
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -436,7 +437,7 @@ def _fill(model: Any, family: Family) -> None:
                 weight.copy_(0.1 * noise)
             elif weight.dim() == 1:  # norms: near one, but not exactly
                 peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
-                weight.copy_(peaked * (1 + 0.1 * noise))
+                weight.copy_(peaked * (1 + 0.1 * noise) - offset)
             elif weight is model.get_input_embeddings().weight:
                 weight.copy_(noise * (family.tied_gain / weight.shape[1] ** 0.5 if tied else 1.0))
             else:

@@ -85,7 +85,7 @@ class _Rotary:
         self.module = sys.modules[type(model).__module__]
         self.original: Callable[..., Any] | None = getattr(self.module, self.function, None)
         self.angles = _angles(model, capacity)
-        self.layer_types = getattr(model.config, "layer_types", None)
+        self.layer_types = list(getattr(model.config, "layer_types", None) or ())
         self.cache = UnrotatedCache()
 
     @contextmanager

@@ -30,5 +30,10 @@ REFUSED = (
     Refused(name="Qwen3-Next", config="Qwen3NextConfig", row="recurrent layers"),
     Refused(name="Qwen2-VL", config="Qwen2VLConfig", row="multimodal M-RoPE", needs="torchvision"),
     Refused(name="LLaVA", config="LlavaConfig", row="multimodal", needs="torchvision"),
+    Refused(
+        name="Moonlight",
+        config="DeepseekV3Config",
+        row="MLA without RoPE scaling",
+    ),
     Refused(name="Llama 4", config="Llama4TextConfig", row="chunked attention"),
 )

@@ -37,6 +37,10 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
         "DeepseekV2ForCausalLM",
     ),
+    "MLA without RoPE scaling": (
+        Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),
+        "DeepseekV3ForCausalLM",
+    ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "chunked attention": (
         Facts(chunked_attention="attention_chunk_size=8192"),
@@ -119,6 +123,11 @@ def test_every_fact_is_looked_at_by_some_row() -> None:
 @pytest.mark.parametrize("rope_type", KNOWN_ROPE_TYPES)
 def test_known_rope_scalings_are_accepted(rope_type: str) -> None:
     assert reason(Facts(rope_types=(rope_type,))) is None
+
+
+def test_latent_attention_is_accepted_on_cpus() -> None:
+    """vLLM switches chunked prefill off for it."""
+    assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
 
 
 def test_alibi_is_accepted() -> None:

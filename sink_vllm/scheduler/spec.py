@@ -95,7 +95,7 @@ class StreamingLLMSpec(FullAttentionSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLMLatentSpec(StreamingLLMSpec, MLAAttentionSpec):
+class StreamingLLMLatentSpec(StreamingLLMSpec, MLAAttentionSpec):  # type: ignore[misc]
     """The same for multi-head latent attention."""
 
     plain: ClassVar[type[FullAttentionSpec]] = MLAAttentionSpec

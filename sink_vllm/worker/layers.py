@@ -83,6 +83,30 @@ def rope_rows(layers: Iterable[AttentionLayer]) -> int | None:
     return min((one.rotation.table_rows for one in layers if one.rotation), default=None)
 
 
+def check_windows(layers: Iterable[AttentionLayer]) -> None:
+    """Refuse a backend that cannot serve layers of several windows from one table of pages.
+
+    FlashInfer plans the attention of all layers that share a page table at once, for one window.
+    vLLM would say so in the middle of the first step.
+
+    Raises:
+        ValueError: names a layer, the windows and the way out.
+    """
+    by_window = {
+        getattr(one.module, "sliding_window", None): one
+        for one in layers
+        if one.module.attn_backend.get_name() == "FLASHINFER"
+    }
+    if len(by_window) > 1:
+        windows = ", ".join(sorted(str(window or "none") for window in by_window))
+        name = next(one.name for window, one in by_window.items() if window)
+        raise ValueError(
+            f"{name}: FLASHINFER plans one attention window for all layers that share pages, and "
+            f"this model has several ({windows}); use --attention-backend FLASH_ATTN or "
+            f"TRITON_ATTN."
+        )
+
+
 def _cached(vllm_config: VllmConfig) -> Iterator[tuple[str, Attention | MLAAttention]]:
     for name, module in vllm_config.compilation_config.static_forward_context.items():
         if not isinstance(module, AttentionLayerBase):

@@ -10,12 +10,16 @@ and values are computed, then the part of the key that is rotated
 value.
 """
 
+from typing import TYPE_CHECKING, cast
+
 import torch
-from vllm.model_executor.layers.attention import MLAAttention
 
 from sink_vllm.worker.key_pages import KeyPages
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import MLAAttention
 
 
 class StridedKeyPages(KeyPages):
@@ -73,8 +77,7 @@ class LatentKeyPages(StridedKeyPages):
     """Pages ``[1, tokens, latent | rotated part of the key]`` of multi-head latent attention."""
 
     def __init__(self, layer: AttentionLayer, store: PageStore) -> None:
-        module = layer.module
-        assert isinstance(module, MLAAttention)
+        module = cast("MLAAttention", layer.module)
         heads, _, content = store.page_shape
         latent, rotated = module.kv_lora_rank, module.qk_rope_head_dim
         if (heads, content) != (1, latent + rotated):

@@ -7,6 +7,7 @@ self-test has the last word.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,8 +34,8 @@ def kind_of_layer(rotary: nn.Module, layer: str) -> str | None:
     """
     if not hasattr(rotary, "layer_types"):
         return None
-    kind: str = rotary.config.layer_types[extract_layer_index(layer)]  # type: ignore[union-attr, index]
-    return kind
+    config: Any = rotary.config
+    return str(config.layer_types[extract_layer_index(layer)])
 
 
 class TransformersRotation(Rotation):

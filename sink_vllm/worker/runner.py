@@ -6,7 +6,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.scheduler.spec import under_policy
-from sink_vllm.worker.layers import AttentionLayer, attention_layers, rope_rows
+from sink_vllm.worker.layers import AttentionLayer, attention_layers, check_windows, rope_rows
 from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
 from sink_vllm.worker.rope_table import extend_rope_tables
@@ -26,6 +26,7 @@ class StreamingLLMRunner(_Runner):
         super().load_model(*args, **kwargs)
         self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
         self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
+        check_windows(self.attention_layers)
         extend_rope_tables(self.attention_layers, self._config.capacity)
 
     @property
