@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 
 # How configurations that predate ``rope_parameters`` show that their model rotates.
 _LEGACY_ROPE_SETTINGS = ("rope_theta", "rotary_dim", "rotary_emb_base", "rope_ratio")
-# The names ``layer_types`` uses for attention over everything.
-_GLOBAL_ATTENTION = ("attention", "full_attention")
-_LOCAL_ATTENTION_SETTINGS = (
-    "sliding_window",
+# The names ``layer_types`` uses for attention over everything, and over the last tokens.
+_STREAMING_ATTENTION = ("attention", "full_attention", "sliding_attention")
+_CHUNKED_ATTENTION_SETTINGS = (
     "attention_chunk_size",
     "dual_chunk_attention_config",
     "rswa_window",
@@ -44,8 +43,8 @@ class Facts:
     recurrent_layers: bool = False
     multimodal: bool = False
     mrope: bool = False
-    local_attention: str | None = None
-    """The setting that makes some layers see less than everything, such as ``sliding_window``."""
+    chunked_attention: str | None = None
+    """The setting by which some layers see neither everything nor just the last tokens."""
     unequal_layers: bool = False
     shared_kv_layers: int = 0
     mla: bool = False
@@ -119,7 +118,7 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "recurrent_layers": model_config.is_hybrid or model_config.has_inner_state,
         "multimodal": model_config.is_multimodal_model,
         "mrope": model_config.uses_mrope,
-        "local_attention": _local_attention(text),
+        "chunked_attention": _chunked_attention(text),
         "unequal_layers": architecture.per_layer_overrides is not None,
         "shared_kv_layers": getattr(text, "num_kv_shared_layers", 0) or 0,
         "mla": model_config.use_mla,
@@ -159,12 +158,12 @@ def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
     return "other"
 
 
-def _local_attention(text_config: Any) -> str | None:
-    setting = _setting(text_config, _LOCAL_ATTENTION_SETTINGS)
+def _chunked_attention(text_config: Any) -> str | None:
+    setting = _setting(text_config, _CHUNKED_ATTENTION_SETTINGS)
     if setting is not None:
         return setting
-    local = set(getattr(text_config, "layer_types", None) or ()) - set(_GLOBAL_ATTENTION)
-    return f"layer_types: {', '.join(sorted(local))}" if local else None
+    other = set(getattr(text_config, "layer_types", None) or ()) - set(_STREAMING_ATTENTION)
+    return f"layer_types: {', '.join(sorted(other))}" if other else None
 
 
 def _setting(config: Any, names: tuple[str, ...]) -> str | None:

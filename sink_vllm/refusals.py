@@ -38,6 +38,7 @@ class Refusal:
 
 
 _OTHER_MODEL = "serve this model with --kv-policy full"
+_OTHER_PLATFORM = f"{_OTHER_MODEL} on a GPU"
 
 
 def _if(applies: bool, value: object) -> object:
@@ -108,10 +109,17 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "MLA",
-        "multi-head latent attention",
-        lambda f: _if(f.mla, f.architecture),
-        "its pages hold compressed keys with a separate rotary part",
+        "multi-head latent attention on GPUs",
+        lambda f: _if(f.mla and f.platform != "cpu", f.architecture),
+        "its pages have been moved on CPUs only",
         _OTHER_MODEL,
+    ),
+    Refusal(
+        "MLA without RoPE scaling",
+        "multi-head latent attention without RoPE scaling on CPUs",
+        lambda f: _if(f.mla and "default" in f.rope_types, f.architecture),
+        "vLLM 0.32 itself rotates the wrong numbers there, a part of the latents",
+        _OTHER_PLATFORM,
     ),
     Refusal(
         "sparse attention",
@@ -121,10 +129,10 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
-        "local attention layers",
-        "layers with a sliding window or chunked attention of their own",
-        lambda f: f.local_attention,
-        "vLLM manages their pages in a group of its own, with an eviction rule of its own",
+        "chunked attention",
+        "chunked, dual-chunk or reference-window attention",
+        lambda f: f.chunked_attention,
+        "what a token sees depends on where it is in the text, not only on what is how far back",
         _OTHER_MODEL,
     ),
     Refusal(
@@ -201,7 +209,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "no chunked prefill",
         "chunked prefill switched off",
-        lambda f: _if(not f.chunked_prefill, "--no-enable-chunked-prefill"),
+        # vLLM switches it off for latent attention on CPUs, which then goes token by token.
+        lambda f: _if(not f.chunked_prefill and not f.mla, "--no-enable-chunked-prefill"),
         "a prompt longer than the cache is computed in chunks, evicting between them",
         "drop --no-enable-chunked-prefill",
         final=True,

@@ -34,6 +34,8 @@ class Family:
     """Whose model code vLLM 0.32 runs: its own, or that of transformers."""
     still: tuple[int, ...] = ()
     """Layers whose keys do not depend on the position."""
+    page: int = 32
+    """Tokens per KV page: the smallest of the attention backend."""
     tied_gain: float = 4.0
     """Scale of embeddings that are the output's weights, too."""
     quick: bool = False
@@ -42,9 +44,13 @@ class Family:
     """Whether it is tested on the V2 model runner, too."""
 
     @property
+    def architecture(self) -> str:
+        return f"{self.model.removesuffix('Text')}ForCausalLM"
+
+    @property
     def model_class(self) -> Any:
         """Of transformers."""
-        return getattr(transformers, f"{self.model}ForCausalLM")
+        return getattr(transformers, self.architecture)
 
     @property
     def slug(self) -> str:
@@ -63,6 +69,31 @@ GPT2_NAMES = {
     "n_head": HEADS,
     "n_layer": LAYERS,
     "n_positions": MAX_POSITIONS,
+}
+HYBRID = {"num_hidden_layers": 4, "sliding_window": 24}
+GEMMA_HYBRID = {**HYBRID, **TIED, "query_pre_attn_scalar": HEAD_SIZE}
+LATENT = {
+    "num_key_value_heads": HEADS,
+    "kv_lora_rank": 512,  # the one shape of vLLM's latent attention on CPUs
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": HEAD_SIZE,
+    "v_head_dim": HEAD_SIZE,
+    "head_dim": 64,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    # Without scaling, vLLM 0.32 rotates the wrong numbers on CPUs: it takes the rotated parts of
+    # the tokens for neighbours in memory.
+    **rope(
+        "yarn",
+        factor=4.0,
+        original_max_position_embeddings=32,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    **MOE,
 }
 FALCON = {"ffn_hidden_size": 4 * HIDDEN, "bias": False}
 
@@ -181,10 +212,95 @@ FAMILIES = (
         tied_gain=1.0,
     ),
     Family(
+        name="Mistral 7B v0.1",
+        model="Mistral",
+        special="a sliding window in every layer",
+        settings={"sliding_window": 29},
+    ),
+    Family(
+        name="Gemma 2",
+        model="Gemma2",
+        special="hybrid, soft caps",
+        settings={
+            **GEMMA_HYBRID,
+            "attn_logit_softcapping": 5.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        tied_gain=1.0,
+    ),
+    Family(
+        name="Gemma 3",
+        quick=True,
+        v2=True,
+        model="Gemma3Text",
+        special="hybrid, two bases of rotation",
+        settings={
+            **GEMMA_HYBRID,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+            },
+        },
+        tied_gain=1.0,
+    ),
+    Family(
+        name="gpt-oss",
+        model="GptOss",
+        special="hybrid, learned softmax sinks, yarn scaling",
+        settings={
+            **HYBRID,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            **rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+            ),
+        },
+    ),
+    Family(
+        name="Command R7B",
+        model="Cohere2",
+        special="hybrid, full attention without rotation (NoPE), window into the sinks",
+        still=(3,),
+        settings={
+            **HYBRID,
+            **TIED,
+            "sliding_window": 48,
+            "logit_scale": 1.0,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        },
+    ),
+    Family(
         name="OLMoE",
         model="Olmoe",
         special="mixture of experts, norms of whole projections",
         settings={"num_experts": 4, **MOE},
+    ),
+    Family(
+        name="DeepSeek-V2",
+        quick=True,
+        model="DeepseekV2",
+        special="latent attention (MLA; on CPUs only), yarn scaling",
+        page=16,
+        settings={**LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    ),
+    Family(
+        name="DeepSeek-V3",
+        model="DeepseekV3",
+        special="latent attention (MLA; on CPUs only), latent queries",
+        page=16,
+        settings={
+            **LATENT,
+            "q_lora_rank": 64,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+        },
     ),
     Family(
         name="Falcon-RW",
@@ -227,6 +343,26 @@ FAMILIES = (
     ),
     Family(name="OLMo", model="Olmo", special="norms without weights", backend="transformers"),
     Family(name="OLMo 2", model="Olmo2", special="norms after attention", backend="transformers"),
+    Family(
+        name="OLMo 3",
+        model="Olmo3",
+        backend="transformers",
+        special="hybrid, norms after attention, window as long as the cache",
+        settings={
+            **HYBRID,
+            "sliding_window": 64,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+        },
+    ),
     Family(
         name="GLM-4-9B",
         model="Glm",
@@ -274,7 +410,7 @@ def config_of(family: Family) -> PreTrainedConfig:
         "eos_token_id": EOS,
         "pad_token_id": PAD,
         "dtype": "float32",
-        "architectures": [f"{family.model}ForCausalLM"],
+        "architectures": [family.architecture],
     }
     if "n_embd" in family.settings or family.model in ("Bloom", "GPTNeoX", "Falcon"):
         for name in ("num_key_value_heads", "head_dim"):
@@ -292,6 +428,7 @@ def _fill(model: Any, family: Family) -> None:
     """Draw every weight, by what its name says it does."""
     generator = torch.Generator().manual_seed(0)
     tied = model.config.tie_word_embeddings
+    offset = 1.0 if family.model.startswith("Gemma") else 0.0  # their norms add one to the weight
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -300,7 +437,7 @@ def _fill(model: Any, family: Family) -> None:
                 weight.copy_(0.1 * noise)
             elif weight.dim() == 1:  # norms: near one, but not exactly
                 peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
-                weight.copy_(peaked * (1 + 0.1 * noise))
+                weight.copy_(peaked * (1 + 0.1 * noise) - offset)
             elif weight is model.get_input_embeddings().weight:
                 weight.copy_(noise * (family.tied_gain / weight.shape[1] ** 0.5 if tied else 1.0))
             else:

@@ -21,14 +21,21 @@ from transformers.cache_utils import DynamicLayer
 
 from tests.oracle import Oracle
 
-Rotate = Callable[[torch.Tensor], torch.Tensor]
+Rotate = Callable[[torch.Tensor, int], torch.Tensor]
+"""Keys ``[1, heads, n, head_size]`` of a layer, rotated by their index."""
 
 
 class UnrotatedCache(DynamicCache):
-    """Keys as they were before rotation, and how to rotate ``n`` of them by their index."""
+    """Keys as they were before rotation, and how to rotate ``n`` of them by their index.
+
+    Layers with a sliding window keep all of them, too: the model's mask, made from the number of
+    cached tokens, lets a query see the last ``sliding_window`` of them.
+    """
 
     rotate: Rotate | None = None
     """Set by ``_Rotary`` when the layer that runs has rotated its query, cleared by ``update``."""
+    latent = False
+    """Multi-head latent attention: it caches a latent and then the part of the key to rotate."""
 
     def update(
         self,
@@ -40,7 +47,11 @@ class UnrotatedCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().update(key_states, value_states, layer_idx)
         rotate, self.rotate = self.rotate, None
-        return (keys if rotate is None else rotate(keys)), values
+        if rotate is None:
+            return keys, values
+        if self.latent:
+            return keys, rotate(values, layer_idx)
+        return rotate(keys, layer_idx), values
 
     def drop(self, begin: int, end: int) -> None:
         """Remove cache positions ``[begin, end)``; later ones move down."""
@@ -68,12 +79,13 @@ class Caches:
 class _Rotary:
     """Stands in for a module's ``apply_rotary_pos_emb`` while its model runs."""
 
+    function = "apply_rotary_pos_emb"
+
     def __init__(self, model: Any, capacity: int) -> None:
         self.module = sys.modules[type(model).__module__]
-        self.original: Callable[..., Any] | None = getattr(
-            self.module, "apply_rotary_pos_emb", None
-        )
-        self.cos, self.sin = _cos_sin(model, capacity)
+        self.original: Callable[..., Any] | None = getattr(self.module, self.function, None)
+        self.angles = _angles(model, capacity)
+        self.layer_types = list(getattr(model.config, "layer_types", None) or ())
         self.cache = UnrotatedCache()
 
     @contextmanager
@@ -82,32 +94,34 @@ class _Rotary:
         if self.original is None:
             yield
             return
-        self.module.apply_rotary_pos_emb = self.apply  # type: ignore[attr-defined]
+        setattr(self.module, self.function, self.apply)
         try:
             yield
         finally:
-            self.module.apply_rotary_pos_emb = self.original  # type: ignore[attr-defined]
+            setattr(self.module, self.function, self.original)
 
     def apply(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *_: Any,
-        **__: Any,
+        *angles: torch.Tensor,
+        **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.original is not None
         size = k.shape[-1]  # smaller than the head where the caller splits it
-        self.cache.rotate = lambda keys: self._by_index(keys, size)
-        return self.original(q, k, cos, sin)[0], k
+        self.cache.rotate = lambda keys, layer: self._by_index(keys, layer, size)
+        return self.original(q, k, *angles)[0], k
 
-    def _by_index(self, keys: torch.Tensor, size: int) -> torch.Tensor:
+    def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
         assert self.original is not None
-        n = keys.shape[2]
         part = keys[..., :size]
-        rotated = self.original(part, part, self.cos[:, :n], self.sin[:, :n])[1]
+        rotated = self.original(part, part, *self._angles_of(layer, keys.shape[2]))[1]
         return torch.cat((rotated, keys[..., size:]), dim=-1)
+
+    def _angles_of(self, layer: int, n: int) -> list[torch.Tensor]:
+        """What the function is given for cache positions ``0..n-1`` in a layer."""
+        one = next(iter(self.angles)) if len(self.angles) == 1 else self.layer_types[layer]
+        return [part[:, :n] for part in self.angles[one]]
 
 
 class _RotaryGPTJ(_Rotary):
@@ -121,27 +135,53 @@ class _RotaryGPTJ(_Rotary):
         if self.calls % 2 == 0:
             return self.original(tensor, sin, cos)
         size = tensor.shape[-1]
-        self.cache.rotate = lambda keys: self._by_index(keys, size)
+        self.cache.rotate = lambda keys, layer: self._by_index(keys, layer, size)
         return tensor
 
-    def _by_index(self, keys: torch.Tensor, size: int) -> torch.Tensor:
+    def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
         assert self.original is not None
-        n = keys.shape[2]
+        cos, sin = self._angles_of(layer, keys.shape[2])
         part = keys[..., :size].transpose(1, 2)
-        rotated = self.original(part, self.sin[:, :n], self.cos[:, :n]).transpose(1, 2)
+        rotated = self.original(part, sin, cos).transpose(1, 2)
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
 
-def _cos_sin(model: Any, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the model's rotary module for cache positions ``0..capacity-1``."""
+class _RotaryDeepseekV2(_Rotary):
+    """Angles are complex numbers."""
+
+    function = "apply_rotary_emb"
+
+
+class _RotaryDeepseekV3(_Rotary):
+    """Queries and keys come out in another order of dimensions, the same for both."""
+
+    function = "apply_rotary_pos_emb_interleave"
+
+
+_ROTARIES = {
+    "gptj": _RotaryGPTJ,
+    "deepseek_v2": _RotaryDeepseekV2,
+    "deepseek_v3": _RotaryDeepseekV3,
+}
+
+
+def _angles(model: Any, capacity: int) -> dict[str, tuple[torch.Tensor, ...]]:
+    """What the model's rotary module makes of cache positions ``0..capacity-1``.
+
+    By type of layer, for models whose types rotate differently (Gemma 3); else under one name.
+    """
     positions = torch.arange(capacity)[None]
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
-            return module(torch.zeros(1), positions)
+            types = getattr(module, "layer_types", None)
+            if types is None:
+                made = module(torch.zeros(1), positions)
+                return {"all": made if isinstance(made, tuple) else (made,)}
+            return {one: module(torch.zeros(1), positions, one) for one in types}
         if hasattr(module, "embed_positions"):  # GPT-J: a table [sin | cos] in every layer
             sin, cos = module.embed_positions[:capacity][None].chunk(2, dim=-1)
-            return cos, sin
-    return torch.empty(1, 0), torch.empty(1, 0)
+            return {"all": (cos, sin)}
+    return {}
 
 
 def _without_approximations(model: Any) -> Any:
@@ -156,18 +196,29 @@ class HFModel:
     """A checkpoint run by transformers, in the shape ``tests.oracle`` calls."""
 
     def __init__(self, folder: Path) -> None:
+        config = AutoConfig.from_pretrained(folder)
         # Falcon's eager attention adds ALiBi twice, in the mask and to the scores.
-        falcon = AutoConfig.from_pretrained(folder).model_type == "falcon"
+        falcon = config.model_type == "falcon"
+        if config.model_type == "cohere2":
+            # It was trained with one token more than its window says; vLLM adds it, transformers
+            # does not.
+            config.sliding_window += 1
         self.model = _without_approximations(
             AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa" if falcon else "eager"
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="sdpa" if falcon else "eager",
             )
         )
 
     def new_cache(self, streams: int, capacity: int) -> Caches:
-        gptj = type(self.model).__name__ == "GPTJForCausalLM"
-        self.rotary = (_RotaryGPTJ if gptj else _Rotary)(self.model, capacity)
-        return Caches([UnrotatedCache() for _ in range(streams)])
+        kind = self.model.config.model_type
+        self.rotary = _ROTARIES.get(kind, _Rotary)(self.model, capacity)
+        caches = [UnrotatedCache() for _ in range(streams)]
+        for cache in caches:
+            cache.latent = kind.startswith("deepseek")
+        return Caches(caches)
 
     def step(self, tokens: Sequence[int], cache: Caches, sampling: Sequence[int]) -> torch.Tensor:
         """Append one token to every stream; logits ``[len(sampling), vocab]`` of those rows."""

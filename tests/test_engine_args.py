@@ -249,9 +249,11 @@ def test_settings_that_contradict_the_policy(
     ("changes", "what"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling"),
-        ({"sliding_window": 64}, "sliding_window=64"),
         ({"attention_chunk_size": 64}, "attention_chunk_size=64"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types: chunked_attention",
+        ),
         ({"num_kv_shared_layers": 1}, "read another layer's KV cache yet (1)"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
         ({"is_causal": False}, "bidirectional"),

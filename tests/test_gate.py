@@ -33,9 +33,19 @@ CASES: dict[str, tuple[Facts, str]] = {
     "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
     "multimodal M-RoPE": (Facts(mrope=True, multimodal=True, architecture="Qwen2VL"), "Qwen2VL"),
     "multimodal": (Facts(multimodal=True, architecture="Llava"), "Llava"),
-    "MLA": (Facts(mla=True, architecture="DeepseekV2ForCausalLM"), "DeepseekV2ForCausalLM"),
+    "MLA": (
+        Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
+        "DeepseekV2ForCausalLM",
+    ),
+    "MLA without RoPE scaling": (
+        Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),
+        "DeepseekV3ForCausalLM",
+    ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
-    "local attention layers": (Facts(local_attention="sliding_window=128"), "sliding_window=128"),
+    "chunked attention": (
+        Facts(chunked_attention="attention_chunk_size=8192"),
+        "attention_chunk_size=8192",
+    ),
     "unequal layers": (Facts(unequal_layers=True), "LlamaForCausalLM"),
     "shared KV layers": (Facts(shared_kv_layers=10), "10"),
     "learned absolute positions": (
@@ -113,6 +123,11 @@ def test_every_fact_is_looked_at_by_some_row() -> None:
 @pytest.mark.parametrize("rope_type", KNOWN_ROPE_TYPES)
 def test_known_rope_scalings_are_accepted(rope_type: str) -> None:
     assert reason(Facts(rope_types=(rope_type,))) is None
+
+
+def test_latent_attention_is_accepted_on_cpus() -> None:
+    """vLLM switches chunked prefill off for it."""
+    assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
 
 
 def test_alibi_is_accepted() -> None:

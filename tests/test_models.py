@@ -44,7 +44,9 @@ def test_family_streams_exactly(
 
     with (
         classes_restored(family.model_class),
-        running_engine(folder, POLICY, max_num_batched_tokens=100) as engine,
+        running_engine(
+            folder, POLICY, max_num_batched_tokens=100, block_size=family.page
+        ) as engine,
     ):
         generated = engine.greedy(PROMPTS, NUM_TOKENS)
         check_all_free(engine)

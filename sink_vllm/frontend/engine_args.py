@@ -25,6 +25,7 @@ CPU_WORKER = "sink_vllm.worker.cpu_worker.StreamingLLMCPUWorker"
 GPU_WORKER = "sink_vllm.worker.gpu_worker.StreamingLLMGPUWorker"
 
 _CPU_BLOCK_MULTIPLE = 32  # vLLM's CPU attention takes nothing else
+_CPU_LATENT_BLOCK_SIZE = 16
 _CPU_BLOCK_SIZES = (128, 64, 32)
 _GPU_BLOCK_SIZE = 16  # vLLM's default
 _BLOCKS_PER_STREAM = 8  # fewer make the default stride a large part of the cache
@@ -77,15 +78,15 @@ def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfi
     check(Facts(**model_facts(model_config)))
     trained_len = model_config.max_model_len
     limit = trained_len if given_len is None else given_len
-    block_size = _block_size(engine_args, options, limit)
+    block_size = _block_size(engine_args, options, limit, model_config.use_mla)
     config = SinkConfig.resolve(
         options, block_size=block_size, trained_len=trained_len, max_model_len=given_len
     )
     return config, trained_len
 
 
-def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int) -> int:
-    """Tokens per KV page; ``limit`` bounds the capacity (tokens).
+def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int, latent: bool) -> int:
+    """Tokens per KV page; ``limit`` bounds the capacity (tokens), ``latent`` is for MLA.
 
     A choice of ours is given to vLLM explicitly, because it may otherwise change the block size
     when it picks the attention backend, after the stride has been decided.
@@ -93,6 +94,14 @@ def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int) -> 
     from vllm.platforms import current_platform
 
     given: int | None = engine_args.block_size
+    if latent and current_platform.is_cpu():
+        if given not in (None, _CPU_LATENT_BLOCK_SIZE):
+            raise ValueError(
+                f"--block-size={given} is not {_CPU_LATENT_BLOCK_SIZE}, the only size of a page "
+                f"that vLLM's latent attention (MLA) takes on CPUs; use {_CPU_LATENT_BLOCK_SIZE}, "
+                f"or drop --block-size."
+            )
+        return _CPU_LATENT_BLOCK_SIZE
     if given is not None:
         if current_platform.is_cpu() and given % _CPU_BLOCK_MULTIPLE:
             raise ValueError(
@@ -158,6 +167,11 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig) -> None:
     # The cache holds capacity <= trained length tokens. The one more is room for the token that
     # has been sampled and evicts before it is computed: no untrained position is ever used.
     vllm_config.model_config.max_model_len = config.max_model_len
+    scheduler = vllm_config.scheduler_config
+    if not scheduler.enable_chunked_prefill:
+        # A prompt is begun in one step or not at all, also while all others decode.
+        whole = config.max_model_len + scheduler.max_num_seqs
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, whole)
     choose_executor(vllm_config.parallel_config)
     vllm_config.additional_config = ShippedConfig(
         cast(dict[str, Any], vllm_config.additional_config)

@@ -245,12 +245,15 @@ class StreamingLLMMixin(Scheduler):
         """Never schedule past the capacity: vLLM's last clamp on the size of every chunk.
 
         0 makes a full stream skip the step; with asynchronous scheduling that is how it drains
-        before it evicts.
+        before it evicts. Where vLLM cannot prefill in chunks (MLA on CPUs), what does not fit into
+        the first one is computed token by token.
         """
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
         room = self.recycler.streams[request.request_id].capacity - num_computed_tokens
+        if num_computed_tokens and not self.scheduler_config.enable_chunked_prefill:
+            room = min(room, 1)  # its attention kernels read the cache for one query only
         return num_new_tokens if num_new_tokens <= room else max(room, 0)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

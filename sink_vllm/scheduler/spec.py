@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from sink_vllm.schedule import Schedule, pages_per_stream
@@ -24,6 +31,9 @@ class StreamingLLMSpec(FullAttentionSpec):
     have the model, tell the scheduler, which has not, where the RoPE table ends.
     """
 
+    plain: ClassVar[type[FullAttentionSpec]] = FullAttentionSpec
+    """vLLM's spec of the same layers."""
+
     sink_tokens: int
     window: int
     stride: int
@@ -32,11 +42,21 @@ class StreamingLLMSpec(FullAttentionSpec):
 
     @classmethod
     def wrap(
-        cls, spec: FullAttentionSpec, config: SinkConfig, rope_rows: int | None
+        cls, spec: AttentionSpec, config: SinkConfig, rope_rows: int | None, block_size: int
     ) -> StreamingLLMSpec:
-        """``spec`` under the policy ``config``."""
+        """``spec`` under the policy ``config``, in pages of ``block_size`` tokens.
+
+        The spec of a layer with a sliding window of its own says nothing of it afterwards: its
+        pages are those of the stream, and its attention kernel takes the window from the layer.
+        """
+        plain = replace_as(
+            spec,
+            cls.plain,
+            drop=("sliding_window", "extra_retained_tokens"),
+            block_size=block_size,
+        )
         return cls(
-            **_fields_of(spec),
+            **_fields_of(plain),
             sink_tokens=config.schedule.sink_tokens,
             window=config.schedule.window,
             stride=config.schedule.stride,
@@ -62,7 +82,7 @@ class StreamingLLMSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[StreamingLLMSpec]) -> StreamingLLMSpec:
         """One spec for the layers of a group; they share the policy, and rows of the shortest."""
-        base = FullAttentionSpec.merge(list(specs))
+        base = cls.plain.merge(list(specs))
         rows = [spec.rope_rows for spec in specs if spec.rope_rows is not None]
         first = specs[0]
         return cls(
@@ -74,12 +94,38 @@ class StreamingLLMSpec(FullAttentionSpec):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMLatentSpec(StreamingLLMSpec, MLAAttentionSpec):  # type: ignore[misc]
+    """The same for multi-head latent attention."""
+
+    plain: ClassVar[type[FullAttentionSpec]] = MLAAttentionSpec
+
+
+_WRAPPERS: dict[type[KVCacheSpec], type[StreamingLLMSpec]] = {
+    FullAttentionSpec: StreamingLLMSpec,
+    SlidingWindowSpec: StreamingLLMSpec,
+    MLAAttentionSpec: StreamingLLMLatentSpec,
+}
+"""By exact type: a subclass may manage its pages in any way."""
+
+
+def under_policy(
+    spec: KVCacheSpec, config: SinkConfig, rope_rows: int | None, block_size: int
+) -> KVCacheSpec:
+    """``spec`` of a layer under the policy; as it is if the policy does not know such layers."""
+    wrapper = _WRAPPERS.get(type(spec))
+    if wrapper is None:
+        return spec
+    assert isinstance(spec, AttentionSpec)
+    return wrapper.wrap(spec, config, rope_rows, block_size)
+
+
 def _fields_of(spec: FullAttentionSpec) -> dict[str, Any]:
-    return {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec)}
+    return {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
 
 
 def register() -> None:
-    """Tell vLLM which manager serves the spec. Idempotent.
+    """Tell vLLM which manager serves these specs. Idempotent.
 
     ``_ensure_registered`` comes first: vLLM registers its own specs only while the registry is
     empty, so a plugin that comes first would suppress all of them.

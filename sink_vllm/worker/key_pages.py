@@ -5,16 +5,21 @@ implementation per family of layouts:
 
 - ``layout_cpu``: vLLM's CPU attention, which packs keys (and with AMX and BFMMLA values) as its
   instruction set likes; the packing is learned from vLLM's own cache-write op;
-- ``layout_strided``: every GPU backend with plain keys and values, in any ``KVCacheLayout``.
+- ``layout_strided``: every GPU backend with plain keys and values, in any ``KVCacheLayout``, and
+  the rows of multi-head latent attention.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
+from vllm.model_executor.layers.attention import MLAAttention
 
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
+
+LATENT_BACKENDS = ("CPU_MLA",)
+"""Backends of multi-head latent attention whose pages have been moved by a test."""
 
 
 class KeyPages(ABC):
@@ -78,13 +83,21 @@ def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
         ValueError: no implementation reads this layout; names layer, backend and way out.
     """
     from sink_vllm.worker.layout_cpu import CPUKeyPages
-    from sink_vllm.worker.layout_strided import StridedKeyPages
+    from sink_vllm.worker.layout_strided import LatentKeyPages, StridedKeyPages
 
     if store.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"{layer.name}: its KV cache of {str(store.dtype).removeprefix('torch.')} elements "
             f"is not supported; use --kv-cache-dtype auto."
         )
-    if layer.module.attn_backend.get_name() == "CPU_ATTN":
+    backend = layer.module.attn_backend.get_name()
+    if backend == "CPU_ATTN":
         return CPUKeyPages(layer, store)
+    if isinstance(layer.module, MLAAttention):
+        if backend not in LATENT_BACKENDS:
+            raise ValueError(
+                f"{layer.name}: --kv-policy sink has not been tested with the pages of "
+                f"{backend}; use --attention-backend {' or '.join(LATENT_BACKENDS)}."
+            )
+        return LatentKeyPages(layer, store)
     return StridedKeyPages(layer, store)

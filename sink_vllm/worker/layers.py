@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.rotary_embedding import (
     DualChunkRotaryEmbedding,
@@ -21,7 +21,11 @@ from vllm.model_executor.layers.rotary_embedding import (
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_vllm.worker.rotation import Rotation
-from sink_vllm.worker.rotation_transformers import TransformersRotation, is_transformers_rotary
+from sink_vllm.worker.rotation_transformers import (
+    TransformersRotation,
+    is_transformers_rotary,
+    kind_of_layer,
+)
 
 # The last two are rotary modules of vLLM that do not derive from its base class.
 _ROTARY = (RotaryEmbeddingBase, DualChunkRotaryEmbedding, Phi3LongRoPEScaledRotaryEmbedding)
@@ -33,14 +37,16 @@ class AttentionLayer:
 
     name: str
     """Name in ``static_forward_context``, such as ``model.layers.0.self_attn.attn``."""
-    module: Attention
+    module: Attention | MLAAttention
     rotation: Rotation | None
     """Rotation of its keys; ``None`` if keys do not depend on the position (NoPE, ALiBi)."""
 
     @property
     def kv_cache(self) -> torch.Tensor:
         """Its pages, logically ``[kernel blocks, heads, tokens, content]``; bound anew at times."""
-        return self.module.kv_cache
+        cache = self.module.kv_cache
+        # Latent attention has one head, and vLLM drops its dimension.
+        return cache.unsqueeze(1) if isinstance(self.module, MLAAttention) else cache
 
 
 def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[AttentionLayer]:
@@ -54,17 +60,20 @@ def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[Attentio
             cannot be used (see ``Rotation``); names the layer.
     """
     paths = {id(module): path for path, module in model.named_modules()}
-    rotations: dict[int, Rotation] = {}
+    rotations: dict[tuple[int, str | None], Rotation] = {}
     layers = []
     for name, module in _cached(vllm_config):
         rotary = _rotary_above(model, paths.get(id(module), ""), name)
-        if rotary is not None and id(rotary) not in rotations:
-            rotations[id(rotary)] = (
-                TransformersRotation(rotary, name, module.head_size)
-                if is_transformers_rotary(rotary)
-                else Rotation(rotary, name)
-            )
-        rotation = None if rotary is None else rotations[id(rotary)]
+        rotation = None
+        if rotary is not None:
+            key = (id(rotary), kind_of_layer(rotary, name))
+            if key not in rotations:
+                rotations[key] = (
+                    TransformersRotation(rotary, name, module.head_size)
+                    if is_transformers_rotary(rotary)
+                    else Rotation(rotary, name)
+                )
+            rotation = rotations[key]
         layers.append(AttentionLayer(name, module, rotation))
     return layers
 
@@ -74,16 +83,40 @@ def rope_rows(layers: Iterable[AttentionLayer]) -> int | None:
     return min((one.rotation.table_rows for one in layers if one.rotation), default=None)
 
 
-def _cached(vllm_config: VllmConfig) -> Iterator[tuple[str, Attention]]:
+def check_windows(layers: Iterable[AttentionLayer]) -> None:
+    """Refuse a backend that cannot serve layers of several windows from one table of pages.
+
+    FlashInfer plans the attention of all layers that share a page table at once, for one window.
+    vLLM would say so in the middle of the first step.
+
+    Raises:
+        ValueError: names a layer, the windows and the way out.
+    """
+    by_window = {
+        getattr(one.module, "sliding_window", None): one
+        for one in layers
+        if one.module.attn_backend.get_name() == "FLASHINFER"
+    }
+    if len(by_window) > 1:
+        windows = ", ".join(sorted(str(window or "none") for window in by_window))
+        name = next(one.name for window, one in by_window.items() if window)
+        raise ValueError(
+            f"{name}: FLASHINFER plans one attention window for all layers that share pages, and "
+            f"this model has several ({windows}); use --attention-backend FLASH_ATTN or "
+            f"TRITON_ATTN."
+        )
+
+
+def _cached(vllm_config: VllmConfig) -> Iterator[tuple[str, Attention | MLAAttention]]:
     for name, module in vllm_config.compilation_config.static_forward_context.items():
         if not isinstance(module, AttentionLayerBase):
             continue
-        if not isinstance(module, Attention):
+        if not isinstance(module, (Attention, MLAAttention)):
             raise ValueError(
-                f"{name}: {type(module).__name__} does not cache keys and values per head, and "
+                f"{name}: {type(module).__name__} caches neither keys and values nor latents, and "
                 f"its pages cannot be moved; serve this model with --kv-policy full."
             )
-        if module.kv_sharing_target_layer_name is None:
+        if getattr(module, "kv_sharing_target_layer_name", None) is None:
             yield name, module
 
 

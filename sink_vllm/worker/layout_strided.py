@@ -1,15 +1,25 @@
-"""Keys and values as plain numbers: the pages of vLLM's GPU backends.
+"""Keys and values as plain numbers: the pages of vLLM's GPU backends, and of latent attention.
 
 A token of a head is ``content = head_size + head_size_v`` consecutive numbers, its key, then its
 value (``AttentionSpec.state_content_size_bytes``); FlashAttention, FlashInfer, Triton and
 FlexAttention all slice their caches this way.
+
+Multi-head latent attention (MLA) caches one row per token for all heads: a latent, from which keys
+and values are computed, then the part of the key that is rotated
+(``MLACommonImpl.do_kv_cache_update``). To page moves the latter is the key and the former the
+value.
 """
+
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from sink_vllm.worker.key_pages import KeyPages
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import MLAAttention
 
 
 class StridedKeyPages(KeyPages):
@@ -26,7 +36,11 @@ class StridedKeyPages(KeyPages):
                 f"{module.head_size} numbers followed by values; use --attention-backend "
                 f"FLASH_ATTN or TRITON_ATTN."
             )
-        self._head_size: int = module.head_size
+        self._take(store, slice(0, module.head_size), slice(module.head_size, content))
+
+    def _take(self, store: PageStore, key: slice, value: slice) -> None:
+        self._key, self._value = key, value
+        """Where the two are in the ``content`` of a token."""
         self._shape = store.page_shape
         self._strides = store.page_strides
 
@@ -40,11 +54,11 @@ class StridedKeyPages(KeyPages):
         )
 
     def read_keys(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        keys = self._slots(pages, begin, end)[..., : self._head_size]
+        keys = self._slots(pages, begin, end)[..., self._key]
         return keys.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
     def read_values(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        return self._slots(pages, begin, end)[..., self._head_size :]
+        return self._slots(pages, begin, end)[..., self._value]
 
     def write(
         self,
@@ -55,5 +69,21 @@ class StridedKeyPages(KeyPages):
         values: torch.Tensor,
     ) -> None:
         slots = self._slots(pages, begin, end)
-        slots[..., : self._head_size] = keys
-        slots[..., self._head_size :] = values
+        slots[..., self._key] = keys
+        slots[..., self._value] = values
+
+
+class LatentKeyPages(StridedKeyPages):
+    """Pages ``[1, tokens, latent | rotated part of the key]`` of multi-head latent attention."""
+
+    def __init__(self, layer: AttentionLayer, store: PageStore) -> None:
+        module = cast("MLAAttention", layer.module)
+        heads, _, content = store.page_shape
+        latent, rotated = module.kv_lora_rank, module.qk_rope_head_dim
+        if (heads, content) != (1, latent + rotated):
+            raise ValueError(
+                f"{layer.name}: {module.attn_backend.get_name()} stores {heads} rows of {content} "
+                f"numbers per token, not one latent of {latent} numbers followed by {rotated} "
+                f"rotated ones; serve this model with --kv-policy full."
+            )
+        self._take(store, slice(latent, content), slice(0, latent))

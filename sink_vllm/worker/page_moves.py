@@ -117,6 +117,7 @@ class _LayerGroup:
         self.layers = list(layers)
         names = [layer.name for layer in layers]
         self.store = PageStore(names, [layer.kv_cache for layer in layers])
+        self._bound = [layer.module.kv_cache for layer in layers]
         self.pages = key_pages(layers[0], self.store)
         self.rotation: Rotation | None = layers[0].rotation
         tokens = self.store.page_shape[1]
@@ -141,8 +142,8 @@ class _LayerGroup:
     def is_bound(self) -> bool:
         """Whether the layers still have the caches this group was made for."""
         return all(
-            layer.kv_cache is cache
-            for layer, cache in zip(self.layers, self.store.caches, strict=True)
+            layer.module.kv_cache is cache
+            for layer, cache in zip(self.layers, self._bound, strict=True)
         )
 
     def run(self, moves: Sequence[PageMove]) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from vllm.model_executor.layers.rotary_embedding import (
     _ROPE_DICT,
+    DeepseekScalingRotaryEmbedding,
     DynamicNTKAlphaRotaryEmbedding,
     DynamicNTKScalingRotaryEmbedding,
     Gemma4RotaryEmbedding,
@@ -29,6 +30,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 _TABLE_ROWS = (
     1024  # deltas kept: evictions use multiples of the stride, re-anchorings their negatives
@@ -45,7 +47,9 @@ def _of_linear(rotary: LinearScalingRotaryEmbedding) -> torch.Tensor:
     return rotary._compute_inv_freq(rotary.base).double() / rotary.scaling_factors[0]
 
 
-def _of_yarn(rotary: YaRNScalingRotaryEmbedding) -> torch.Tensor:
+def _of_yarn(
+    rotary: YaRNScalingRotaryEmbedding | DeepseekScalingRotaryEmbedding,
+) -> torch.Tensor:
     # The argument of yarn's method is the scaling factor, not the base.
     return rotary._compute_inv_freq(rotary.scaling_factor)
 
@@ -67,6 +71,7 @@ _FREQUENCIES: dict[type, Callable[..., torch.Tensor]] = {
     Gemma4RotaryEmbedding: _of_base,
     LinearScalingRotaryEmbedding: _of_linear,
     YaRNScalingRotaryEmbedding: _of_yarn,
+    DeepseekScalingRotaryEmbedding: _of_yarn,
     DynamicNTKScalingRotaryEmbedding: _of_table,  # vLLM's bases are constants, nothing dynamic
     DynamicNTKAlphaRotaryEmbedding: _of_table,
 }
@@ -97,7 +102,7 @@ class Rotation:
                 f"serve this model with --kv-policy full (usable are "
                 f"{', '.join(sorted(known.__name__ for known in _FREQUENCIES))})."
             ) from None
-        assert isinstance(rotary, RotaryEmbedding)  # base of every known class
+        assert isinstance(rotary, RotaryEmbeddingBase)  # base of every known class
         self._take(
             rotary,
             frequencies,

@@ -7,9 +7,11 @@ self-test has the last word.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.models.utils import extract_layer_index
 
 from sink_vllm.worker.rotation import Rotation
 
@@ -18,10 +20,22 @@ _PAIRINGS = {(-2, -3, 0, 1): True, (-1, 0, -3, 2): False}
 
 
 def is_transformers_rotary(module: nn.Module) -> bool:
-    """Whether ``module`` is one set of frequencies in a model of transformers."""
-    return type(module).__name__.endswith("RotaryEmbedding") and isinstance(
-        getattr(module, "inv_freq", None), torch.Tensor
+    """Whether ``module`` is a rotary module of transformers: frequencies and no table."""
+    names = [f"{one}_inv_freq" for one in getattr(module, "layer_types", ())] or ["inv_freq"]
+    return type(module).__name__.endswith("RotaryEmbedding") and all(
+        isinstance(getattr(module, name, None), torch.Tensor) for name in names
     )
+
+
+def kind_of_layer(rotary: nn.Module, layer: str) -> str | None:
+    """Which of the module's frequencies a layer uses; ``None`` if there is one set of them.
+
+    Models whose sliding-window layers rotate differently (OLMo 3) keep both sets in one module.
+    """
+    if not hasattr(rotary, "layer_types"):
+        return None
+    config: Any = rotary.config
+    return str(config.layer_types[extract_layer_index(layer)])
 
 
 class TransformersRotation(Rotation):
@@ -46,7 +60,8 @@ class TransformersRotation(Rotation):
                 f"it rotates together, so cached keys cannot be re-rotated; serve this model "
                 f"with --kv-policy full."
             )
-        frequencies = rotary.inv_freq
+        kind = kind_of_layer(rotary, layer)
+        frequencies = getattr(rotary, "inv_freq" if kind is None else f"{kind}_inv_freq")
         assert isinstance(frequencies, torch.Tensor)
         self._take(
             rotary,

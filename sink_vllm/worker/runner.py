@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.config import SinkConfig
-from sink_vllm.scheduler.spec import StreamingLLMSpec
-from sink_vllm.worker.layers import AttentionLayer, attention_layers, rope_rows
+from sink_vllm.scheduler.spec import under_policy
+from sink_vllm.worker.layers import AttentionLayer, attention_layers, check_windows, rope_rows
 from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
 from sink_vllm.worker.rope_table import extend_rope_tables
@@ -26,6 +26,7 @@ class StreamingLLMRunner(_Runner):
         super().load_model(*args, **kwargs)
         self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
         self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
+        check_windows(self.attention_layers)
         extend_rope_tables(self.attention_layers, self._config.capacity)
 
     @property
@@ -35,13 +36,11 @@ class StreamingLLMRunner(_Runner):
         return config
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The model's specs, its full-attention layers under the policy."""
-        config = self._config
-        rows = rope_rows(self.attention_layers)
+        """The model's specs, its attention layers under the policy."""
+        config, rows = self._config, rope_rows(self.attention_layers)
+        block_size = self.cache_config.block_size
         return {
-            name: StreamingLLMSpec.wrap(spec, config, rows)
-            if type(spec) is FullAttentionSpec
-            else spec
+            name: under_policy(spec, config, rows, block_size)
             for name, spec in super().get_kv_cache_spec().items()
         }
 
