@@ -42,7 +42,7 @@ def check_vllm_version(found: str) -> None:
 
 
 def register() -> None:
-    """Check vLLM's version, apply the patches, register the KV cache spec. Idempotent.
+    """Check vLLM's version, apply the patches, register KV cache spec and models. Idempotent.
 
     Raises:
         RuntimeError: wrong vLLM version, or a patched symbol is missing.
@@ -58,6 +58,8 @@ def register() -> None:
     for patch in start_up_patches():
         patch.apply()
 
+    from sink_vllm import models
     from sink_vllm.scheduler import spec
 
+    models.register()
     spec.register()

@@ -31,7 +31,7 @@ class Family:
     """Of the configuration, on top of the common ones."""
     positions: str = "rope"
     backend: str = "vLLM"
-    """Whose model code vLLM 0.32 runs: its own, or that of transformers."""
+    """Whose model code vLLM 0.32 runs: its own, that of transformers, or this project's."""
     still: tuple[int, ...] = ()
     """Layers whose keys do not depend on the position."""
     page: int = 32
@@ -326,6 +326,22 @@ FAMILIES = (
         settings={"n_head": HEADS, "n_layer": LAYERS, "hidden_size": HIDDEN, **TIED},
     ),
     Family(
+        name="MPT",
+        quick=True,
+        model="Mpt",
+        special="ALiBi, clipped projections",
+        positions="alibi",
+        backend="sink_vllm",
+        settings={
+            "d_model": HIDDEN,
+            "n_heads": HEADS,
+            "n_layers": LAYERS,
+            "max_seq_len": MAX_POSITIONS,
+            "attn_config": {"clip_qkv": 2.0},  # transformers ignores ``alibi_bias_max``
+            **TIED,
+        },
+    ),
+    Family(
         name="Pythia",
         quick=True,
         v2=True,
@@ -412,10 +428,10 @@ def config_of(family: Family) -> PreTrainedConfig:
         "dtype": "float32",
         "architectures": [family.architecture],
     }
-    if "n_embd" in family.settings or family.model in ("Bloom", "GPTNeoX", "Falcon"):
+    if "n_embd" in family.settings or family.model in ("Bloom", "GPTNeoX", "Falcon", "Mpt"):
         for name in ("num_key_value_heads", "head_dim"):
             del common[name]
-    if "n_embd" in family.settings:
+    if {"n_embd", "d_model"} & family.settings.keys():
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             del common[name]
         for name in ("intermediate_size", "max_position_embeddings"):
@@ -448,5 +464,14 @@ def _gain(name: str) -> float:
     part = name.split(".")[-2]
     if part in ("lm_head", "embed_out"):
         return 4.0
-    attention = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "o_proj", "dense", "out_proj")
+    attention = (
+        "q_proj",
+        "k_proj",
+        "qkv_proj",
+        "query_key_value",
+        "o_proj",
+        "dense",
+        "out_proj",
+        "Wqkv",
+    )
     return 1.5 if part in attention else 1.0

@@ -15,7 +15,8 @@ Printed by `python -m tests.models_table`; `tests/test_models.py` fails when it 
 ## Tested
 
 Each row is a tiny model with random weights, made in the test and run by the model code that vLLM
-uses for the real one, vLLM's own or that of transformers (vLLM's Transformers backend). The tokens
+uses for the real one: its own, that of transformers (vLLM's Transformers backend), or, for MPT,
+which vLLM dropped after 0.28, this project's (`sink_vllm/models/mpt.py`). The tokens
 and log-probabilities of whole streams equal those of the same checkpoint run by transformers, one
 token at a time, with keys renumbered by cache position (float32, 1e-4).
 
