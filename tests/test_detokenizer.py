@@ -13,7 +13,7 @@ from vllm.v1.engine import FinishReason, detokenizer
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, SlowIncrementalDetokenizer
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
-from sink_vllm.frontend.detokenizer import Tail, _Forgetful, make_endless
+from sink_vllm.frontend.detokenizer import EndlessFastDetokenizer, Tail, _Forgetful, make_endless
 from tests.outputs import SPECIAL, Processor, byte_fallback, byte_level, params
 
 TEXT = "the cats saw the cat. thé 日本語 — naïve 😀 the end\n"
@@ -173,7 +173,9 @@ def test_long_prompts_of_any_end(tokenizer: Any, seed: int, kind: str) -> None:
         unfinished = tokenizer.decode(prompt, skip_special_tokens=True).endswith(
             "\N{REPLACEMENT CHARACTER}"
         )
-        assert unfinished or len(ours.state.detokenizer._context) < min(len(prompt), 200)
+        detokenizer = ours.state.detokenizer
+        assert isinstance(detokenizer, EndlessFastDetokenizer)
+        assert unfinished or len(detokenizer._context) < min(len(prompt), 200)
 
 
 @pytest.mark.parametrize(

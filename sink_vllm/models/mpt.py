@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import nn
 from transformers import MptConfig
+from transformers.models.mpt.configuration_mpt import MptAttentionConfig
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -52,6 +53,18 @@ def alibi_slopes(heads: int, bias_max: float) -> list[float]:
     return slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads]
 
 
+def _config(vllm_config: VllmConfig) -> MptConfig:
+    config = vllm_config.model_config.hf_config
+    assert isinstance(config, MptConfig)
+    return config
+
+
+def _attention(config: MptConfig) -> MptAttentionConfig:
+    settings = config.attn_config
+    assert isinstance(settings, MptAttentionConfig)  # made of what else it may be, by transformers
+    return settings
+
+
 def check(config: MptConfig) -> None:
     """Refuse what this class does not compute.
 
@@ -65,7 +78,7 @@ def check(config: MptConfig) -> None:
         "qk_ln": False,
     }
     for name, value in required.items():
-        found = getattr(config.attn_config, name)
+        found = getattr(_attention(config), name)
         if found != value:
             raise ValueError(
                 f"attn_config.{name}={found!r} of this MPT model is not supported, only {value!r} "
@@ -91,7 +104,8 @@ class MptAttention(nn.Module):
             )
         size, heads = config.d_model // config.n_heads, config.n_heads // workers
         quantization = vllm_config.quant_config
-        self.clip = config.attn_config.clip_qkv
+        settings = _attention(config)
+        self.clip = settings.clip_qkv
         self.Wqkv = QKVParallelLinear(
             config.d_model,
             size,
@@ -108,11 +122,11 @@ class MptAttention(nn.Module):
             prefix=f"{prefix}.out_proj",
         )
         first = get_tensor_model_parallel_rank() * heads
-        slopes = alibi_slopes(config.n_heads, config.attn_config.alibi_bias_max)
+        slopes = alibi_slopes(config.n_heads, settings.alibi_bias_max)
         self.attn = Attention(
             heads,
             size,
-            config.attn_config.softmax_scale or size**-0.5,
+            settings.softmax_scale or size**-0.5,
             alibi_slopes=slopes[first : first + heads],
             cache_config=vllm_config.cache_config,
             quant_config=quantization,
@@ -179,7 +193,7 @@ class MptModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
+        config = _config(vllm_config)
         self.wte = VocabParallelEmbedding(config.vocab_size, config.d_model)
         self.start_layer, self.end_layer, self.blocks = make_layers(
             config.n_layers,
@@ -223,7 +237,7 @@ class MptForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
+        config = _config(vllm_config)
         check(config)
         self.config = config
         self.transformer = MptModel(
