@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
-EXTRAS = "dev,bench,ray"  # of this project, beside vLLM itself
+EXTRAS = "dev,bench,ray,xformers"  # of this project, beside vLLM itself
 # The CPU builds of torch are not on PyPI. The sources pip is configured with come first, so that
 # mirrors keep working; this one is asked only where they have no such build.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -43,6 +43,13 @@ the table of [limitations](limitations.md), it starts, and the start-up self-tes
 one token at two positions through the real model and compares, layer by layer, the keys that the
 model computes with those that moving a page makes of them.
 
+## A second judge
+
+`tests/oracle_dense.py` computes a whole stream in one dense pass, with xformers' attention biases
+(`BlockDiagonalCausalFromBottomRightMask`) saying which keys a query may see; the engine's
+log-probabilities agree with it, too (`tests/test_xformers.py`, Llama). Those biases are Python and
+run anywhere; xformers' memory-efficient attention has no kernels for CPUs and is not used.
+
 ## GPUs
 
 None of this has run on a GPU yet. What a GPU adds is tested on a CPU: the V2 runner under an
