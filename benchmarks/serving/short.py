@@ -16,7 +16,8 @@ Runs `benchmarks.overhead` and `benchmarks.flatness` with short settings and the
 - mixed: p95 of short requests' time to first token beside endless streams ÷ beside ordinary
   requests, all repetitions together (aim 1.1).
 
-Nothing is committed: the raw rows go to ``out/``.
+Nothing is committed: the raw rows go to ``out/``. With the ``--name`` of a run that was interrupted
+it goes on where that one ended.
 """
 
 import argparse
@@ -67,14 +68,17 @@ def run(folder: Path, dtype: str) -> dict[str, float]:
     """Measure everything into ``folder``."""
     arms = load_arms()
     store = Store(folder, {"model": MODEL, "dtype": dtype})
-    overhead.run(overhead.parse([*OVERHEAD, "--dtype", dtype, "--name", str(folder / "overhead")]))
-    flatness.run(flatness.parse([*FLATNESS, "--dtype", dtype, "--name", str(folder / "flatness")]))
+    summaries = [folder / name / "summary.json" for name in ("overhead", "flatness")]
+    for benchmark, words, summary in zip(
+        (overhead, flatness), (OVERHEAD, FLATNESS), summaries, strict=True
+    ):
+        if not summary.exists():
+            benchmark.run(
+                benchmark.parse([*words, "--dtype", dtype, "--name", str(summary.parent)])
+            )
     serving.run(store, load_scenarios("short", arms), arms, dtype)
     tables.write(folder)
-    overheads, flat = (
-        json.loads((folder / name / "summary.json").read_text())
-        for name in ("overhead", "flatness")
-    )
+    overheads, flat = (json.loads(summary.read_text()) for summary in summaries)
     return ratios(overheads, flat, Report.read(folder))
 
 

@@ -81,5 +81,5 @@ class Watch:
             "computed_per_token": computed / delivered if delivered else None,
             "pages_max": max((sample["pages"] for sample in self.samples), default=None),
             "running_max": max((sample["running"] for sample in self.samples), default=None),
-            "rss": {name.partition(":")[0]: size for name, size in self._server.rss().items()},
+            "rss": {name.rpartition(":")[0]: size for name, size in self._server.rss().items()},
         }
