@@ -93,7 +93,7 @@ def warm_up(scenario: Scenario, arms: Mapping[str, Arm], servers: Mapping[str, S
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32", help="of weights and KV cache")
     parser.add_argument("--name", help="folder below benchmarks/results, continued if it exists")
 
 
