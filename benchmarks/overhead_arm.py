@@ -214,6 +214,10 @@ class ArmProcess:
         self._process.terminate()
         self._process.join()
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
     def start(self, streams: int) -> None:
         self._ask("start", streams)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.profile_step import owners
 from benchmarks.serving import short, tables
 from benchmarks.serving.arrivals import (
     Log,
@@ -254,3 +255,19 @@ def test_the_last_line_has_every_ratio() -> None:
     assert short.last_line(found) == (
         "bench: overhead=1.03 flatness=0.99 gap=1.9 recompute=22 transformers=30 mixed=1.1"
     )
+
+
+def test_a_sample_belongs_to_the_innermost_of_policy_and_vllm() -> None:
+    def stack(*files: str) -> str:
+        return ";".join(
+            ["advance (/r/benchmarks/overhead_arm.py:9)", *(f"f ({f}:1)" for f in files)]
+        )
+
+    vllm, ours = "/x/site-packages/vllm/v1/a.py", "/r/sink_vllm/worker/b.py"
+    lines = [
+        f"{stack(vllm, ours, '/x/torch/c.py')} 3",
+        f"{stack(ours, vllm)} 5",
+        "poll (/lib/connection.py:1) 100",
+    ]
+
+    assert owners(lines) == {"sink_vllm/worker/b.py f": 3, "vllm": 5}
