@@ -67,8 +67,14 @@ def _progress(scenario: Scenario, facts: Row, found: Row) -> str:
     )
 
 
-def run(store: Store, scenarios: list[Scenario], arms: Mapping[str, Arm], dtype: str) -> None:
-    """All repetitions of ``scenarios`` that ``store`` has not got yet."""
+def run(
+    store: Store,
+    scenarios: list[Scenario],
+    arms: Mapping[str, Arm],
+    dtype: str,
+    portion: int | None = None,
+) -> None:
+    """All repetitions of ``scenarios`` that ``store`` has not got yet, at most ``portion`` of each."""
     for scenario in scenarios:
         missing = [n for n in range(scenario.repetitions) if not store.done(f"{scenario.name}-{n}")]
         if not missing:
@@ -103,6 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="serving", description=__doc__.splitlines()[0])
     parser.add_argument("--set", default="full", help="of scenarios.json")
     parser.add_argument("--scenarios", nargs="+", help="only these")
+    parser.add_argument("--portion", type=int, help="repetitions to make in this start")
     add_arguments(parser)
     options = parser.parse_args()
     stop_on_terminate()
@@ -112,7 +119,13 @@ def main() -> int:
         if options.scenarios:
             scenarios = [one for one in scenarios if one.name in options.scenarios]
         folder: Path = RESULTS / (options.name or default_name("bench"))
-        run(Store(folder, {**vars(options), "model": MODEL}), scenarios, arms, options.dtype)
+        run(
+            Store(folder, {**vars(options), "model": MODEL}),
+            scenarios,
+            arms,
+            options.dtype,
+            options.portion,
+        )
         tables.write(folder)
         figures.write(folder)
     except FAILURES as error:
