@@ -26,6 +26,7 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from benchmarks.common import Results, default_name
+from benchmarks.gpu_page_moves import moves_of_one_eviction
 from benchmarks.paged_layers import PagedLayers
 from sink_vllm.plan import PageMove
 from sink_vllm.worker.page_moves import PageMover
@@ -38,14 +39,9 @@ BLOCKS = 4096
 def moves_of(sinks: int, reanchored: int, streams: int, take: Callable[[], int]) -> list[PageMove]:
     """The moves of a step in which ``streams`` streams evict; ``take`` returns a fresh page."""
     moves = []
-    full, border = divmod(sinks, BLOCK)
     for _ in range(streams):
-        delta = 64 * random.randint(1, 20)
-        moves += [PageMove(take(), take(), 0, BLOCK, delta) for _ in range(full)]
-        if border:
-            head = take()
-            moves.append(PageMove(take(), head, border, BLOCK, 0))
-            moves.append(PageMove(take(), head, 0, border, delta))
+        moves += moves_of_one_eviction(BLOCK, sinks, take)
+        delta = BLOCK * random.randint(1, 40)
         for _ in range(reanchored):
             page = take()
             moves.append(PageMove(page, page, 0, BLOCK, -delta))

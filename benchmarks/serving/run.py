@@ -74,7 +74,7 @@ def run(
     dtype: str,
     portion: int | None = None,
 ) -> None:
-    """All repetitions of ``scenarios`` that ``store`` has not got yet, at most ``portion`` of each."""
+    """The repetitions that ``store`` has not got yet, at most ``portion`` of each scenario."""
     for scenario in scenarios:
         missing = [n for n in range(scenario.repetitions) if not store.done(f"{scenario.name}-{n}")]
         if not missing:
