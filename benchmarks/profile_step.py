@@ -5,7 +5,7 @@
 py-spy samples the sink arm of `benchmarks.overhead` (an in-process engine, streams in lockstep)
 while it decodes. A sample belongs to whichever of sink_vllm and vLLM is innermost on its stack: a
 call from the policy into vLLM counts as vLLM's, and the other way round, and torch belongs to who
-called it. The policy's share, by function, is what the policy adds to a step, except for what it makes
+called it. The share of the policy, by function, is what it adds to a step, except for what it makes
 vLLM do (requests that are sent to the worker again).
 
 Sampling costs time itself; shares are to be compared, not seconds. Needs py-spy (``.[bench]``).
