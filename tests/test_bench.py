@@ -24,7 +24,7 @@ from benchmarks.serving.arrivals import (
 )
 from benchmarks.serving.load import Client, LoadError, parse, words
 from benchmarks.serving.report import Report, Spread
-from benchmarks.serving.runs import client_of
+from benchmarks.serving.runs import check_evictions, client_of
 from benchmarks.serving.servers import arguments
 from benchmarks.serving.spec import SpecError, load_arms, load_scenarios, scenario
 from sink_vllm.schedule import Schedule
@@ -189,6 +189,15 @@ def test_tokens_that_are_missing_are_noticed() -> None:
 def test_prompts_differ_by_their_seed_and_repeat() -> None:
     assert words(40, "a", 1, 0) == words(40, "a", 1, 0) != words(40, "a", 1, 1)
     assert len(words(40, 1)) == 40
+
+
+def test_a_server_that_did_not_evict_is_noticed() -> None:
+    one = scenario(ENTRY, load_arms())  # C = 256, g = 64
+    logs = [Log(prompt=16, arrivals=[0.0] * tokens) for tokens in (241, 242, 500)]
+
+    check_evictions(logs, one, 0 + 1 + 5)
+    with pytest.raises(LoadError, match="0 evictions counted by the server, 6 scheduled"):
+        check_evictions(logs, one, 0)
 
 
 def row(arm: str, repetition: int, rate: float, **more: Any) -> dict[str, Any]:

@@ -64,7 +64,24 @@ def endless(
                 shown,
             )
         )
+    if arm.server.plugin:
+        check_evictions(logs, scenario, watch.grown["evictions"])
     return {**row_of(logs, scenario, arm), **watch.row(_tokens(logs)), **pages_over_time(watch)}
+
+
+def check_evictions(logs: Sequence[Log], scenario: Scenario, made: float) -> None:
+    """Correctness before speed: the server must have evicted what the schedule says.
+
+    The last token of a stream is delivered, not computed; and the last eviction of a stream that
+    was cut off may be counted before or after.
+
+    Raises:
+        LoadError: it has not, so whatever was timed is not the policy.
+    """
+    schedule = scenario.schedule
+    scheduled = sum(schedule.evictions(log.prompt + len(log.arrivals) - 1) for log in logs)
+    if abs(made - scheduled) > len(logs):
+        raise LoadError(f"{made:.0f} evictions counted by the server, {scheduled} scheduled")
 
 
 def transformers(arm: Arm, scenario: Scenario, dtype: str, streams: int, repetition: int) -> Row:
