@@ -76,7 +76,8 @@ def run(
 ) -> None:
     """The repetitions that ``store`` has not got yet, at most ``portion`` of each scenario."""
     for scenario in scenarios:
-        missing = [n for n in range(scenario.repetitions) if not store.done(f"{scenario.name}-{n}")]
+        undone = [n for n in range(scenario.repetitions) if not store.done(f"{scenario.name}-{n}")]
+        missing = undone[:portion]
         if not missing:
             continue
         print(f"{scenario.name}: starting the servers", flush=True)
