@@ -228,6 +228,12 @@ def test_one_kind_of_rate_serves_all_arms() -> None:
     assert report.rates("recompute", 1, "sink") == Spread(15.0, 15.0, 15.0)
 
 
+def test_what_ran_before_a_preemption_is_no_rate() -> None:
+    report = Report([row("sink", 0, 30.0), row("full", 0, 20.0, preemptions=2)])
+
+    assert report.rates("recompute", 1, "full") == Spread(10.0, 10.0, 10.0)
+
+
 def test_tables_are_made_from_a_folder_of_rows(tmp_path: Path) -> None:
     logs = [Log(prompt=62, started=1.0, arrivals=[2.0, 2.5, 3.0, 5.0])]
     found = {**summary(logs, SCHEDULE, evicts=True), "kept": [], "pages_max": 9, "preemptions": 0}

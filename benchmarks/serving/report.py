@@ -63,13 +63,15 @@ class Report:
         return list(dict.fromkeys(row["arm"] for row in self.of(scenario, streams)))
 
     def rate_of(self, scenario: str, streams: int) -> Callable[[Row], float]:
-        """Tokens per second: while all streams run, or over the whole run where they never do.
+        """Tokens per second: while all streams run, or over the whole run where they do not.
 
-        One of the two for all arms: the whole run as soon as one row has only that.
+        One of the two for all arms: the whole run as soon as one row has only that, or a stream
+        of it was preempted (until memory ran out, all of them ran).
         """
         common = "common_tokens_per_second"
         rows = self.of(scenario, streams)
-        key = common if all(row.get(common) for row in rows) else "tokens_per_second"
+        steady = all(row.get(common) and not row.get("preemptions") for row in rows)
+        key = common if steady else "tokens_per_second"
         return lambda row: float(row[key])
 
     def rates(self, scenario: str, streams: int, arm: str) -> Spread | None:

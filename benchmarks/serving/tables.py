@@ -7,6 +7,7 @@ Values are medians over the repetitions, with the smallest and the largest in br
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def percentiles(rows: list[Row], key: str) -> str:
     return " / ".join(f"{1e3 * one.median:,.0f}" if one else "–" for one in found)
 
 
+def at_once(rows: list[Row]) -> str:
+    """Median number of streams that run at the same time, over all readings."""
+    running = [sample[2] for row in rows for sample in row.get("held", [])]
+    return f"{statistics.median(running):.0f}" if running else "–"
+
+
 def megabytes(rows: list[Row]) -> str:
     """Resident memory of the server's processes, the largest first."""
     sizes = [sorted(row["rss"].values(), reverse=True) for row in rows if row.get("rss")]
@@ -60,13 +67,14 @@ def endless(report: Report, scenario: str) -> str:
                     percentiles(rows, "first_token"),
                     plain(rows, "computed_per_token", 2),
                     plain(rows, "pages_max"),
+                    at_once(rows),
                     plain(rows, "preemptions"),
                     megabytes(rows),
                 ]
             )
     head = ["streams", "arm", "tokens/s", "ms per token", "gaps p50/p95/p99, ms"]
-    head += ["first token p50/p95/p99, ms", "computed per token", "KV pages", "preemptions"]
-    return table([*head, "RSS, MB"], lines)
+    head += ["first token p50/p95/p99, ms", "computed per token", "KV pages", "running at once"]
+    return table([*head, "preemptions", "RSS, MB"], lines)
 
 
 def ratios(report: Report, scenario: str) -> str:
