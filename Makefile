@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-ray fuzz quality quality-full lint format clean
+.PHONY: help install demo test test-all test-fast test-ray fuzz quality quality-full bench bench-full lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -43,6 +43,12 @@ quality: $(STAMP) ## perplexity of endless streams against recomputation, short 
 
 quality-full: $(STAMP) ## all quality benchmarks; hours (ARGS="--help")
 	@$(BIN)/python -m benchmarks.quality.full $(ARGS)
+
+bench: $(STAMP) ## throughput of many streams beside its peers, short; ends with the ratios
+	@$(BIN)/python -m benchmarks.serving.short $(ARGS)
+
+bench-full: $(STAMP) ## all throughput benchmarks; hours (ARGS="--scenarios streams memory")
+	@$(BIN)/python -m benchmarks.serving.run $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check

@@ -1,16 +1,13 @@
-"""Question: what do the page moves of one step cost, against what the memory allows?
+"""Question: what do the page moves of one step cost, by sink tokens, layers, pages and streams?
 
-    python -m benchmarks.micro_page_moves [--repeats 200] [--threads 2]
+    python -m benchmarks.micro_page_moves [--sinks 4 40] [--layers 12] [--streams 1 16 64]
 
-The shape of the repository's model (12 layers, 4 KV heads of 32, bfloat16, blocks of 32), streams
-in lockstep, so that all of them evict in the same step. Arms:
+Layers of the repository's model (4 KV heads of 32, blocks of 32), streams in lockstep, so that all
+of them evict in the same step. Sinks fill `S // 32` pages, which are rotated as a whole, and
+`S % 32` slots of one more, whose other slots are copied. With `--reanchored` as many window pages
+per stream are rotated in place as well. `S = 0` moves nothing: a plain window has no head pages.
 
-- ``S=4``: per stream one page copied without its first 4 slots, and 4 sink tokens rotated;
-- ``S=40``: one page of sinks rotated, one page copied, and 8 sink tokens rotated;
-- ``S=4, re-anchored``: the arm ``S=4`` plus 6 window pages rotated in place;
-- ``S=0`` moves nothing: a plain window has no head pages.
-
-Every stream has its own sink page, so none is found in a cache by luck. ``floor`` is the time of
+Every stream has its own sink pages, so none is found in a cache by luck. ``floor`` is the time of
 one ``memcpy`` of all pages that are written, the least anything can do. Median and 95th percentile
 over the repeats; each repeat moves other pages, since real pages are not in the processor's
 caches either. ``cpu`` is the median of the processor time: on a machine with other work to do it is
@@ -18,38 +15,36 @@ the one to look at, with ``--threads 1``.
 """
 
 import argparse
+import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from benchmarks.common import Results, default_name
+from benchmarks.gpu_page_moves import moves_of_one_eviction
 from benchmarks.paged_layers import PagedLayers
 from sink_vllm.plan import PageMove
 from sink_vllm.worker.page_moves import PageMover
 
 BLOCK = 32
-STREAMS = (1, 16, 64)
-WINDOW_PAGES = 6
+KV_HEADS, HEAD_SIZE = 4, 32
+BLOCKS = 4096
 
 
-def moves_of(arm: str, streams: int, take: Callable[[], int]) -> list[PageMove]:
+def moves_of(sinks: int, reanchored: int, streams: int, take: Callable[[], int]) -> list[PageMove]:
     """The moves of a step in which ``streams`` streams evict; ``take`` returns a fresh page."""
     moves = []
     for _ in range(streams):
-        delta = 64 * random.randint(1, 20)
-        if arm == "S=40":
-            moves.append(PageMove(take(), take(), 0, BLOCK, delta))
-        border = 8 if arm == "S=40" else 4
-        head = take()
-        moves.append(PageMove(take(), head, border, BLOCK, 0))
-        moves.append(PageMove(take(), head, 0, border, delta))
-        if arm == "S=4, re-anchored":
-            for _ in range(WINDOW_PAGES):
-                page = take()
-                moves.append(PageMove(page, page, 0, BLOCK, -delta))
+        moves += moves_of_one_eviction(BLOCK, sinks, take)
+        delta = BLOCK * random.randint(1, 40)
+        for _ in range(reanchored):
+            page = take()
+            moves.append(PageMove(page, page, 0, BLOCK, -delta))
     return moves
 
 
@@ -60,51 +55,79 @@ def milliseconds_of(work: Callable[[], object]) -> tuple[float, float]:
     return (time.perf_counter() - begin) * 1e3, (time.process_time() - cpu_begin) * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    blocks = 4096
+def measure(
+    layers: int, sinks: int, reanchored: int, streams: Sequence[int], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """One row per number of streams; milliseconds."""
+    dtype = getattr(torch, options.dtype)
     paged = PagedLayers(
-        layers=12,
-        kv_heads=4,
-        head_size=32,
+        layers=layers,
+        kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE,
         block_size=BLOCK,
-        blocks=blocks,
-        dtype=torch.bfloat16,
+        blocks=BLOCKS,
+        dtype=dtype,
         layout=KVCacheLayout.LBHNC,
     )
     for module in paged.modules:
         module.kv_cache.normal_()
     mover = PageMover(paged.attention_layers, BLOCK)
-    page_bytes = 2 * 4 * BLOCK * 32 * 2 * 12
+    page_bytes = 2 * KV_HEADS * BLOCK * HEAD_SIZE * dtype.itemsize * layers
+    for number in streams:
+        times, floors = [], []
+        moves, written = [], 0
+        for _ in range(options.repeats):
+            free = random.sample(range(1, BLOCKS), BLOCKS - 1)
+            moves = moves_of(sinks, reanchored, number, free.pop)
+            written = len({move.dst for move in moves}) * page_bytes
+            source = torch.ones(written // 8, dtype=torch.int64)
+            target = torch.zeros_like(source)
+            floors.append(milliseconds_of(lambda s=source, t=target: t.copy_(s)))  # type: ignore[misc]
+            times.append(milliseconds_of(lambda m=moves: mover.run(m)))  # type: ignore[misc]
+        wall, cpu = zip(*times, strict=True)
+        wall_floor, cpu_floor = zip(*floors, strict=True)
+        yield {
+            "layers": layers,
+            "sinks": sinks,
+            "reanchored": reanchored,
+            "streams": number,
+            "moves": len(moves),
+            "min": min(wall),
+            "median": median(wall),
+            "p95": quantiles(wall, n=20)[-1],
+            "cpu": median(cpu),
+            "floor": median(wall_floor),
+            "floor_cpu": median(cpu_floor),
+            "mb_written": written / 1e6,
+        }
 
-    print(f"{args.threads} threads, {args.repeats} repeats, milliseconds")
-    print(
-        f"{'arm':18} {'streams':>7} {'moves':>6} {'min':>8} {'median':>8} {'p95':>8} {'cpu':>8} "
-        f"{'floor':>8} {'cpu':>8}  MB written"
-    )
-    for arm in ("S=4", "S=40", "S=4, re-anchored"):
-        for streams in STREAMS:
-            times, floors = [], []
-            written = 0
-            for _ in range(args.repeats):
-                free = random.sample(range(1, blocks), blocks - 1)
-                moves = moves_of(arm, streams, free.pop)
-                written = len({move.dst for move in moves}) * page_bytes
-                source = torch.ones(written // 8, dtype=torch.int64)
-                target = torch.zeros_like(source)
-                floors.append(milliseconds_of(lambda s=source, t=target: t.copy_(s)))  # type: ignore[misc]
-                times.append(milliseconds_of(lambda m=moves: mover.run(m)))  # type: ignore[misc]
-            wall, cpu = zip(*times, strict=True)
-            wall_floor, cpu_floor = zip(*floors, strict=True)
-            print(
-                f"{arm:18} {streams:7d} {len(moves):6d} {min(wall):8.3f} {median(wall):8.3f} "
-                f"{quantiles(wall, n=20)[-1]:8.3f} {median(cpu):8.3f} {median(wall_floor):8.3f} "
-                f"{median(cpu_floor):8.3f}  {written / 1e6:.1f}"
-            )
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--sinks", type=int, nargs="+", default=[4, 40])
+    parser.add_argument("--layers", type=int, nargs="+", default=[12])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--reanchored", type=int, nargs="+", default=[0, 6], help="window pages")
+    parser.add_argument("--name", default=default_name("micro_page_moves"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = Results(options.name, vars(options))
+    columns: list[str] = []
+    found = []
+    with results.rows("moves.jsonl") as rows:
+        for arm in itertools.product(options.layers, options.sinks, options.reanchored):
+            for row in measure(*arm, options.streams, options):
+                if not columns:
+                    columns = list(row)
+                    print("  ".join(f"{name:>9}" for name in columns))
+                rows.add(**row)
+                found.append(row)
+                print("  ".join(f"{value:>9.4g}" for value in row.values()), flush=True)
+    results.summary({"rows": found})
 
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ def compare(steps: dict[str, list[list[Step]]], base: str, other: str) -> dict[s
         "eviction_step_over_median": (
             statistics.fmean(evicting) / statistics.median(flat[other]) if evicting else None
         ),
+        "worst_eviction_step_over_median": (
+            max(evicting) / statistics.median(flat[other]) if evicting else None
+        ),
         "mean_ratio_of_rounds": describe(ratios),
         base: describe(flat[base]),
         other: describe(flat[other]),

@@ -187,13 +187,18 @@ class Engine:
 
 
 class ArmProcess:
-    """The parent's end of an arm; a context manager that ends the process."""
+    """The parent's end of an arm; a context manager that ends the process.
 
-    def __init__(self, name: str, setup: Setup) -> None:
+    ``make`` builds what answers in the process: :class:`Engine`, or a part of it.
+    """
+
+    def __init__(self, name: str, setup: Setup, make: type[Engine] = Engine) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, setup), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, name, setup, make), daemon=True
+        )
 
     def __enter__(self) -> "ArmProcess":
         self._process.start()
@@ -208,6 +213,10 @@ class ArmProcess:
     ) -> None:
         self._process.terminate()
         self._process.join()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
 
     def start(self, streams: int) -> None:
         self._ask("start", streams)
@@ -236,7 +245,7 @@ class ArmProcess:
         return answer
 
 
-def _serve(pipe: Connection, name: str, setup: Setup) -> None:
+def _serve(pipe: Connection, name: str, setup: Setup, make: type[Engine]) -> None:
     """The arm's process: build the engine, then answer until it is terminated."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -244,7 +253,7 @@ def _serve(pipe: Connection, name: str, setup: Setup) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_PLUGINS"] = "sink_vllm" if name == "sink" else ""
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # stock: see Setup.engine_arguments
-    engine = Engine(setup, sink=name == "sink")
+    engine = make(setup, sink=name == "sink")
     pipe.send(None)  # ready
     while True:
         what, *arguments = pipe.recv()

@@ -128,6 +128,9 @@ class EndlessFastDetokenizer(_ForgetfulText, FastIncrementalDetokenizer):
         if self.stream is not stream:  # vLLM has started a new one with this token
             self._context, self._held = (), []
         if text is not None:
+            if not self._held:  # nearly always
+                self._context, self._release_at = (next_token_id,), RELEASE_AFTER
+                return text
             self._context = (*self._held[1 - _CONTEXT :], next_token_id)
             self._held, self._release_at = [], RELEASE_AFTER
         elif 0 <= next_token_id < 2**32:  # others vLLM has logged and left out

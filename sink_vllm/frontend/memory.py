@@ -40,6 +40,7 @@ from sink_vllm.frontend.report import Account
 logger = init_logger(__name__)
 
 STALLED_AFTER = 65_536  # tokens
+_FORGET_EVERY = 8  # outputs
 _FORGET_LOGPROBS_AFTER = 64  # positions
 _KEEP_LOGPROBS = 8  # positions
 
@@ -57,6 +58,7 @@ class EndlessRequestState(RequestState):
         self._account = account
         self._stalled = stalled
         self._delta = self.output_kind == RequestOutputKind.DELTA
+        self._sent = 0  # outputs
         self._discarded = 0  # output tokens that a session's next input took the place of
         if self._delta and self.detokenizer is not None:
             self._endless = make_endless(self.detokenizer, self.prompt_token_ids)
@@ -91,11 +93,13 @@ class EndlessRequestState(RequestState):
                 *args,
                 **kwargs,
             )
-        self._account.update(self.request_index, kv_transfer_params)
+        # Once per token of every stream: what is rarely needed is asked for first.
+        if kv_transfer_params is not None:
+            self._account.update(self.request_index, kv_transfer_params)
         if finish_reason is not None:
             made = self.detokenizer.num_output_tokens() - self._discarded
             self._account.close(self.request_index, self.prompt_len + made)
-        if self._delta and finish_reason is None and self._unread() > STALLED_AFTER:
+        elif self._delta and self.queue is not None and self._unread() > STALLED_AFTER:
             self._stalled.append(self.request_id)
         output = super().make_request_output(
             new_token_ids,
@@ -107,7 +111,9 @@ class EndlessRequestState(RequestState):
             **kwargs,
         )
         if self._delta and output is not None:
-            self._forget()
+            self._sent += 1
+            if self._sent % _FORGET_EVERY == 0:
+                self._forget()
         return output
 
     def _unread(self) -> int:

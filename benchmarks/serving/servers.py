@@ -1,0 +1,49 @@
+"""`vllm serve` for the arms of a scenario, all up at the same time so that they can take turns.
+
+An idle server takes no processor time: its processes wait for messages.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from benchmarks.common import MODEL
+from benchmarks.serving.load import MODEL_NAME
+from benchmarks.serving.spec import BLOCK, Arm, Scenario, ServerSpec
+from examples.serving import Server
+
+
+def arguments(spec: ServerSpec, scenario: Scenario, dtype: str) -> list[str]:
+    """What follows `vllm serve`: the same for all arms but for the flags of ``spec``.
+
+    The RoPE table of the model is made long enough for full attention over whole streams.
+    """
+    sizes = scenario.sizes()
+    own = [flag.format_map(sizes) for flag in spec.flags]
+    rows = max(scenario.schedule.capacity + 1, scenario.length, 256)
+    overrides = json.dumps({"max_position_embeddings": rows})
+    shared = ["--served-model-name", MODEL_NAME, "--dtype", dtype, "--enforce-eager"]
+    shared += ["--block-size", str(BLOCK), "--enable-prompt-tokens-details"]
+    shared += ["--num-gpu-blocks-override", str(scenario.pool(spec.name) + 1)]
+    # Room for the short requests of mixed loads beside the streams.
+    shared += ["--max-num-seqs", str(max(scenario.streams) + (16 if scenario.rate else 0))]
+    shared += ["--hf-overrides", overrides, "--seed", "0"]
+    shared += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    return [str(MODEL), *shared, *own]
+
+
+@contextmanager
+def running(scenario: Scenario, arms: Mapping[str, Arm], dtype: str) -> Iterator[dict[str, Server]]:
+    """The servers of ``scenario``'s arms, by the name of the kind of server."""
+    specs = {spec.name: spec for name in scenario.arms if (spec := arms[name].server) is not None}
+    with ExitStack() as stack:
+        servers = {}
+        for name, spec in specs.items():
+            # One after the other: starting takes all cores.
+            server = Server(
+                arguments(spec, scenario, dtype),
+                {"VLLM_PLUGINS": "sink_vllm" if spec.plugin else ""},
+            )
+            servers[name] = stack.enter_context(server)
+            server.wait(lambda _seconds: None)
+        yield servers
