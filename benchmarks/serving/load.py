@@ -200,26 +200,30 @@ class Turn:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What conversations of a run have in common; tokens."""
+
+    seed: object
+    turns: int
+    question: int
+    answer: int
+    keep: int | None
+    """History resent with every turn; None: all of it."""
+
+
 async def conversation(
-    http: aiohttp.ClientSession,
-    url: str,
-    number: int,
-    seed: object,
-    turns: int,
-    question: int,
-    answer: int,
-    keep: int | None,
-    arrived: Callable[[int], None],
+    http: aiohttp.ClientSession, url: str, number: int, talk: Talk, arrived: Callable[[int], None]
 ) -> list[Turn]:
-    """A conversation of which all, or the last ``keep`` tokens, are resent with every turn."""
+    """One conversation, each turn as soon as the one before is answered."""
     history: list[int] = []
     made = []
-    for turn in range(turns):
-        asked = words(question, seed, number, turn)
+    for turn in range(talk.turns):
+        asked = words(talk.question, talk.seed, number, turn)
         history += asked if turn == 0 else asked[1:]
-        sent = history if keep is None else history[-keep:]
+        sent = history if talk.keep is None else history[-talk.keep :]
         log = Log(prompt=len(sent), started=time.perf_counter())
-        new, usage = await complete(http, url, sent, answer, log, NO_LIMIT, arrived)
+        new, usage = await complete(http, url, sent, talk.answer, log, NO_LIMIT, arrived)
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         made.append(
             Turn(
@@ -227,7 +231,7 @@ async def conversation(
                 turn=turn,
                 prompt=len(sent),
                 cached=cached,
-                new=question + answer,
+                new=talk.question + talk.answer,
                 first_token=log.arrivals[0] - log.started,
                 seconds=log.arrivals[-1] - log.started,
             )
@@ -237,21 +241,11 @@ async def conversation(
 
 
 async def conversations(
-    url: str,
-    number: int,
-    seed: object,
-    turns: int,
-    question: int,
-    answer: int,
-    keep: int | None,
-    arrived: Callable[[int], None],
+    url: str, number: int, talk: Talk, arrived: Callable[[int], None]
 ) -> list[Turn]:
-    """All conversations at once, each turn as soon as the one before is answered."""
+    """``number`` conversations at once."""
     async with connection() as http:
         made = await asyncio.gather(
-            *(
-                conversation(http, url, n, seed, turns, question, answer, keep, arrived)
-                for n in range(number)
-            )
+            *(conversation(http, url, n, talk, arrived) for n in range(number))
         )
-    return [turn for turns_ in made for turn in turns_]
+    return [turn for turns in made for turn in turns]

@@ -179,11 +179,13 @@ def conversations(
             load.conversations(
                 server.url,
                 streams,
-                (scenario.name, repetition),
-                scenario.turns,
-                scenario.prompt,
-                scenario.tokens,
-                keep,
+                load.Talk(
+                    (scenario.name, repetition),
+                    scenario.turns,
+                    scenario.prompt,
+                    scenario.tokens,
+                    keep,
+                ),
                 shown,
             )
         )
