@@ -30,15 +30,15 @@ class FrontEnd:
     """One endless request in an output processor, and how many characters it has delivered."""
 
     def __init__(self, *, ours: bool) -> None:
-        from transformers import AutoTokenizer
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
+        from vllm.tokenizers import get_tokenizer
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.output_processor import OutputProcessor
 
         from sink_vllm.frontend.memory import adopt
 
-        tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
+        tokenizer = get_tokenizer(str(MODEL))
         self._processor = OutputProcessor(tokenizer, log_stats=False)
         if ours:
             adopt(self._processor)
@@ -64,13 +64,15 @@ class FrontEnd:
 
     def step(self, count: int) -> None:
         """An engine step that brings ``count`` tokens."""
+        from vllm import RequestOutput
         from vllm.v1.engine import EngineCoreOutput
 
         output = EngineCoreOutput(
             request_id="endless", new_token_ids=list(itertools.islice(self._tokens, count))
         )
         for item in self._processor.process_outputs([output]).request_outputs:
-            self.characters += len(item.outputs[0].text)  # type: ignore[union-attr]
+            assert isinstance(item, RequestOutput)
+            self.characters += len(item.outputs[0].text)
 
     def microseconds(self) -> float:
         """Per token, over the next ``TIMED`` tokens."""

@@ -28,7 +28,8 @@ class SchedulerOnly(Engine):
 
     def __init__(self, setup: Setup, *, sink: bool) -> None:
         super().__init__(setup, sink=sink)
-        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        core = self._engine.engine_core.engine_core  # type: ignore[attr-defined]
+        self._scheduler = core.scheduler
 
     def _step(self) -> float:
         """One token for every stream; seconds the scheduler took."""

@@ -65,7 +65,12 @@ def record(arm: ArmProcess, seconds: int) -> list[str]:
         command += ["--duration", str(seconds), "--pid", str(arm.pid), "--output", str(stacks)]
         done = threading.Event()
         spy = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        waiting = threading.Thread(target=lambda: (spy.wait(), done.set()))
+
+        def wait() -> None:
+            spy.wait()
+            done.set()
+
+        waiting = threading.Thread(target=wait)
         waiting.start()
         while not done.is_set():
             arm.round()

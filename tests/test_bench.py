@@ -237,7 +237,7 @@ def test_what_ran_before_a_preemption_is_no_rate() -> None:
 def test_tables_are_made_from_a_folder_of_rows(tmp_path: Path) -> None:
     logs = [Log(prompt=62, started=1.0, arrivals=[2.0, 2.5, 3.0, 5.0])]
     found = {**summary(logs, SCHEDULE, evicts=True), "kept": [], "pages_max": 9, "preemptions": 0}
-    lines = [{"scenario": "streams", "kind": "endless"}]
+    lines: list[dict[str, object]] = [{"scenario": "streams", "kind": "endless"}]
     lines += [{"arm": "sink", "streams": 4, "repetition": 0, **found}]
     (tmp_path / "streams-0.jsonl").write_text("\n".join(map(json.dumps, lines)))
 

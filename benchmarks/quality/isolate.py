@@ -2,7 +2,7 @@
 
 import multiprocessing
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -11,7 +11,7 @@ class WorkError(Exception):
     """The process failed; the message is its traceback."""
 
 
-def isolated(work: Callable[..., Iterator[Any]], *args: Any) -> Iterator[Any]:
+def isolated(work: Callable[..., Iterator[Any]], *args: Any) -> Generator[Any, None, None]:
     """What the generator ``work(*args)`` yields, run in a new process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)

@@ -65,7 +65,8 @@ def is_evicting(schedule: Schedule, prompt: int, gap: int) -> bool:
 
 def split_gaps(logs: Iterable[Log], schedule: Schedule) -> tuple[list[float], list[float]]:
     """Gaps in which a stream evicted or restarted, and all others."""
-    at, elsewhere = [], []
+    at: list[float] = []
+    elsewhere: list[float] = []
     for log in logs:
         restarts = set(log.restarts)
         for index, gap in enumerate(log.gaps):

@@ -97,7 +97,8 @@ def memory(report: Report, scenario: str, labels: dict[str, str], plt: Any) -> A
 
 def evicting_gaps(rows: list[Row], scenario: Scenario) -> tuple[list[float], list[float]]:
     """Gaps of the kept streams in medians of their run: at evictions, and all others."""
-    at, elsewhere = [], []
+    at: list[float] = []
+    elsewhere: list[float] = []
     for row in rows:
         for kept in row["kept"]:
             median = statistics.median(kept["gaps_us"])

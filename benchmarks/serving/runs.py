@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -226,6 +226,7 @@ async def _mixed(
         arrivals.append((time.perf_counter(), tokens))
 
     async with load.connection() as http:
+        jobs: list[Coroutine[Any, Any, object]]
         if background == "endless":
             jobs = [
                 load.stream(http, server.url, Client(), p, scenario.tokens, load.NO_LIMIT, arrived)
