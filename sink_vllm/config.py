@@ -147,6 +147,8 @@ class SinkConfig:
     block_size: int
     sink_prompt: PromptMode = "stream"
     sink_pin: PinMode = "none"
+    native_window: int = 0
+    """Longest window (tokens) of layers that have page tables of their own; 0 if none have."""
 
     @property
     def capacity(self) -> int:
@@ -253,4 +255,22 @@ class SinkConfig:
             block_size=vllm_config.cache_config.block_size,
             sink_prompt=options.sink_prompt,
             sink_pin=options.sink_pin,
+            native_window=_native_window(vllm_config, options.sink_window),
         )
+
+
+def _native_window(vllm_config: Any, window: int) -> int:
+    """The window of sliding-window layers, if they can have page tables of their own.
+
+    They can if other layers see everything, if their window never reaches the sinks, and unless
+    ``--disable-hybrid-kv-cache-manager`` asks for one table.
+    """
+    text_config = vllm_config.model_config.hf_text_config
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    native = getattr(text_config, "sliding_window", None)
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager or not (
+        native and kinds == {"full_attention", "sliding_attention"}
+    ):
+        return 0
+    # Some models (Cohere2) see one token more than their configuration says.
+    return native + 1 if native <= window else 0

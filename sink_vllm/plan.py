@@ -25,6 +25,8 @@ class PageMove(NamedTuple):
     begin: int
     end: int
     delta: int
+    group: int = 0
+    """KV cache group whose layers have these pages."""
 
 
 class Resent(NamedTuple):

@@ -31,9 +31,10 @@ def minimum_window(config: SinkConfig) -> int:
     """Fewest window tokens a request may leave by asking for many sink tokens.
 
     One KV block (or the server's whole window, if that is less): with a full block behind the
-    sinks, the prefix-cache hashes of the stream go on after evictions.
+    sinks, the prefix-cache hashes of the stream go on after evictions. Layers with a window and
+    page tables of their own need that window.
     """
-    return min(config.schedule.window, config.block_size)
+    return max(min(config.schedule.window, config.block_size), config.native_window - 1)
 
 
 def most_sink_tokens(config: SinkConfig) -> int:
@@ -128,6 +129,12 @@ class RequestPolicy:
                 f"sink_window={self.sink_window} is larger than the server's window of "
                 f"{server.window} tokens; use {server.window} or less, or a server with a larger "
                 f"{flag(WINDOW_KEY)}."
+            )
+        if self.sink_window < config.native_window - 1:
+            raise ValueError(
+                f"sink_window={self.sink_window} is smaller than the sliding window of some "
+                f"layers of the model; use {config.native_window - 1} or more, or a server with "
+                f"--disable-hybrid-kv-cache-manager."
             )
         if self.sink_window > room:
             raise ValueError(

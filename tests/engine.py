@@ -121,6 +121,10 @@ class Engine:
         return manager
 
     @property
+    def managers(self) -> list[Any]:
+        return list(self.scheduler.kv_cache_manager.coordinator.single_type_managers)
+
+    @property
     def runner(self) -> Any:
         return self.core.model_executor.driver_worker.worker.model_runner
 
@@ -255,15 +259,19 @@ def check_pages(engine: Engine) -> None:
     Raises:
         AssertionError: naming the pages that are lost, owned twice, or free but owned.
     """
-    manager, pool = engine.manager, engine.pool
+    pool = engine.pool
     held = Counter(
         block.block_id
+        for manager in engine.managers
         for blocks in manager.req_to_blocks.values()
         for block in blocks
         if not block.is_null
     )
     pinned = Counter(
-        block.block_id for blocks in getattr(manager, "sink_pages", {}).values() for block in blocks
+        block.block_id
+        for manager in engine.managers
+        for blocks in getattr(manager, "sink_pages", {}).values()
+        for block in blocks
     )
     owners = held + pinned
     free = [block.block_id for block in free_pages(pool)]

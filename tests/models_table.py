@@ -4,7 +4,8 @@ What works is the table of the tests, ``tests.families``; what does not is decid
 """
 
 from sink_vllm.refusals import REFUSALS
-from tests.families import FAMILIES, Family
+from tests.families import FAMILIES
+from tests.family import Family
 from tests.refused_models import REFUSED
 
 HEAD = """\

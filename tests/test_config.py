@@ -271,8 +271,36 @@ def test_flag_spelling() -> None:
     assert [flag(key) for key in OPTION_KEYS[:2]] == ["--kv-policy", "--sink-tokens"]
 
 
-def _vllm_config(additional_config: object) -> SimpleNamespace:
-    """The two fields of a ``VllmConfig`` that are read; the real one is in test_engine_args."""
+@pytest.mark.parametrize(
+    ("native", "kinds", "one_table", "expected"),
+    [
+        (1000, ["sliding_attention", "full_attention"], False, 1001),
+        (1001, ["sliding_attention", "full_attention"], False, 0),  # reaches the sinks
+        (1000, ["sliding_attention", "full_attention"], True, 0),
+        (1000, ["sliding_attention"], False, 0),  # no layer left to keep the sinks
+        (None, ["full_attention"], False, 0),
+        (1000, None, False, 0),
+    ],
+)
+def test_windows_that_have_page_tables_of_their_own(
+    native: int | None, kinds: list[str] | None, one_table: bool, expected: int
+) -> None:
+    spelled = resolve(sink_window=1000).as_additional_config()
+    model = {"sliding_window": native, "layer_types": kinds}
+
+    config = SinkConfig.of(_vllm_config(spelled, one_table=one_table, **model))
+
+    assert config is not None
+    assert config.native_window == expected
+
+
+def _vllm_config(
+    additional_config: object, one_table: bool = False, **model: object
+) -> SimpleNamespace:
+    """The fields of a ``VllmConfig`` that are read; the real one is in test_engine_args."""
     return SimpleNamespace(
-        additional_config=additional_config, cache_config=SimpleNamespace(block_size=16)
+        additional_config=additional_config,
+        cache_config=SimpleNamespace(block_size=16),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=one_table),
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**model)),
     )

@@ -15,12 +15,22 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, SlidingWindo
 
 from benchmarks.gpu_page_moves import Backend
 from sink_vllm.config import SinkConfig, SinkOptions
-from sink_vllm.scheduler.spec import StreamingLLMSpec, under_policy
+from sink_vllm.scheduler.manager import StreamingLLMManager
+from sink_vllm.scheduler.spec import StreamingLLMSpec, StreamingLLMWindowSpec, under_policy
+from sink_vllm.scheduler.window_manager import StreamingLLMWindowManager
 from sink_vllm.worker.layers import AttentionLayer, check_windows
-from tests.engine import Generated, Policy, check_all_free, running_engine
-from tests.families import FAMILIES, Family, write_family
+from tests.engine import (
+    Generated,
+    Policy,
+    asynchronous_scheduling,
+    check_all_free,
+    running_engine,
+)
+from tests.families import FAMILIES
+from tests.family import Family, write_family
 from tests.judge import TOLERANCE, judge, random_tokens
 from tests.oracle_hf import HFOracle
+from tests.test_preemption import check_lives, live
 
 PROMPTS = [random_tokens(length, length) for length in (5, 150)]
 
@@ -58,41 +68,143 @@ def test_nothing_is_lost_when_all_windows_lie_in_the_kept_one(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("window", [48, 110], ids=["within", "into the sinks"])
-def test_a_resent_conversation_costs_its_new_tokens(window: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("policy", "window", "kinds", "full_tables"),
+    [
+        pytest.param(Policy(4, 92, 32), 48, "sssf", 1, id="four tables"),
+        pytest.param(Policy(40, 56, 32), 48, "sff", 2, id="two of them with sinks"),
+        pytest.param(Policy(4, 92, 32), 110, "sssf", 1, id="one table, into the sinks"),
+    ],
+)
+def test_a_resent_conversation_costs_its_new_tokens(
+    policy: Policy, window: int, kinds: str, full_tables: int, tmp_path: Path
+) -> None:
     """Resumed from cached pages, windowed layers included, it is still its stream."""
-    policy = Policy(4, 92, 32)
-    folder = write_family(tmp_path, family("Gemma 3", sliding_window=window))
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    settings = {"num_hidden_layers": len(kinds), "layer_types": [names[kind] for kind in kinds]}
+    folder = write_family(tmp_path, family("Gemma 3", sliding_window=window, **settings))
     oracle = HFOracle(folder)
     conversation = random_tokens(150, 1)
 
-    with running_engine(folder, policy, enable_prefix_caching=True) as engine:
-        for turn in range(3):
+    with running_engine(
+        folder, policy, enable_prefix_caching=True, num_gpu_blocks_override=400
+    ) as engine:
+        tables = [type(one) for one in engine.managers]
+        assert tables.count(StreamingLLMManager) == full_tables
+        for turn in range(5):
             (answer,) = engine.greedy([conversation], 90)
             judge(oracle, policy, [conversation], [answer])
             if turn:
                 assert answer.cached_tokens > policy.capacity
                 assert len(conversation) - answer.cached_tokens <= 26 + 2 * policy.g
             conversation = conversation + answer.tokens + random_tokens(25, turn)
+        assert answer.reanchorings >= 1
         check_all_free(engine)
 
 
+@pytest.mark.engine
+def test_windowed_layers_hold_their_window_only(tmp_path: Path) -> None:
+    """Tables of their own: few pages per layer, and the other layers have all of the cache."""
+    policy = Policy(4, 92, 32)
+    folder = write_family(tmp_path, family("Gemma 3", sliding_window=48))
+    held: list[tuple[int, int]] = []
+
+    with running_engine(folder, policy) as engine:
+        *windowed, full = engine.managers
+        assert [type(one) for one in windowed] == [StreamingLLMWindowManager] * 3
+        assert type(full) is StreamingLLMManager
+
+        def count() -> None:
+            for one in windowed:
+                held.extend(
+                    (sum(not block.is_null for block in table), len(full.req_to_blocks[request]))
+                    for request, table in one.req_to_blocks.items()
+                    if request in full.sink_pages
+                )
+
+        engine.after_step.append(count)
+        engine.greedy([random_tokens(20, 1)], 400)
+        check_all_free(engine)
+
+    assert max(held) == (3, 4)  # 48 tokens lie in 3 pages of 32 at most
+    assert min(held)[0] == 2
+
+
+@pytest.mark.engine
+def test_one_table_on_demand(tmp_path: Path) -> None:
+    """``--disable-hybrid-kv-cache-manager`` means here what it means in vLLM; streams are equal."""
+    policy = Policy(4, 28, 32)
+    folder = write_family(tmp_path, family("Gemma 3"))
+
+    with running_engine(folder, policy, disable_hybrid_kv_cache_manager=True) as engine:
+        assert type(engine.manager) is StreamingLLMManager
+        generated = engine.greedy(PROMPTS, 200)
+        check_all_free(engine)
+
+    verdict = judge(HFOracle(folder), policy, PROMPTS, generated)
+    assert verdict.least_evictions >= 4
+
+
+@pytest.mark.engine
+def test_asynchronous_streams_with_several_tables(tmp_path: Path) -> None:
+    policy = Policy(4, 60, 32)
+    folder = write_family(tmp_path, family("Gemma 3", sliding_window=40))
+    prompts = [random_tokens(length, length) for length in (3, 95, 96, 97, 300)]
+
+    with (
+        asynchronous_scheduling(),
+        running_engine(
+            folder,
+            policy,
+            max_num_batched_tokens=100,
+            enable_prefix_caching=True,
+            async_scheduling=True,
+            num_gpu_blocks_override=1000,
+        ) as engine,
+    ):
+        assert engine.core.batch_queue is not None
+        first = engine.greedy(prompts, 150)
+        again = engine.greedy(prompts, 150)
+        check_all_free(engine)
+
+    oracle = HFOracle(folder)
+    judge(oracle, policy, prompts, first)
+    judge(oracle, policy, prompts, again)
+    # A prefix hit of the whole capacity leaves a token to compute; a long prompt is resumed.
+    assert [one.cached_tokens for one in again] == [0, 64, 64, 64, 288]
+
+
+@pytest.mark.engine
+def test_preempted_streams_with_several_tables(tmp_path: Path) -> None:
+    policy = Policy(40, 56, 32)
+    folder = write_family(tmp_path, family("Gemma 3", sliding_window=40))
+    prompts = [random_tokens(length, length) for length in (20, 70, 100, 110, 120, 128)]
+
+    with running_engine(folder, policy, num_gpu_blocks_override=42) as engine:
+        lives = live(engine, prompts)
+        check_all_free(engine)
+
+    check_lives(HFOracle(folder), policy, lives)
+
+
 @pytest.mark.parametrize(
-    ("backend", "windows", "refused"),
+    ("backend", "windows", "groups", "refused"),
     [
-        ("FLASHINFER", [24, None], True),
-        ("FLASHINFER", [24, 24], False),
-        ("FLASH_ATTN", [24, None], False),
+        ("FLASHINFER", [24, None], [0, 0], True),
+        ("FLASHINFER", [24, None], [0, 1], False),
+        ("FLASHINFER", [24, 24], [0, 0], False),
+        ("FLASH_ATTN", [24, None], [0, 0], False),
     ],
 )
 def test_flashinfer_serves_one_window(
-    backend: str, windows: list[int | None], refused: bool
+    backend: str, windows: list[int | None], groups: list[int], refused: bool
 ) -> None:
     layers = [
         AttentionLayer(
             f"model.layers.{i}.self_attn.attn",
             cast(Any, SimpleNamespace(attn_backend=Backend(backend), sliding_window=window)),
             None,
+            groups[i],
         )
         for i, window in enumerate(windows)
     ]
@@ -129,6 +241,21 @@ def test_layers_of_all_windows_share_one_group_of_pages() -> None:
     merged = StreamingLLMSpec.merge(ours)
 
     assert (merged.block_size, merged.rope_rows, merged.window) == (32, 256, 28)
+
+
+def test_windows_that_never_reach_the_sinks_have_tables_of_their_own() -> None:
+    config = replace(CONFIG, native_window=29)
+
+    near, far = (
+        under_policy(
+            SlidingWindowSpec(block_size=16, sliding_window=window, **SHAPE), config, 256, 32
+        )
+        for window in (29, 30)
+    )
+
+    assert isinstance(near, StreamingLLMWindowSpec)
+    assert (near.block_size, near.sliding_window) == (32, 29)
+    assert isinstance(far, StreamingLLMSpec)
 
 
 def test_layers_that_manage_their_pages_otherwise_are_left_alone() -> None:

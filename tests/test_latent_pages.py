@@ -1,15 +1,18 @@
-"""Page moves of multi-head latent attention: latents are copied, the rotated part of rows turns.
+"""Multi-head latent attention: page moves copy latents and turn the rotated part of rows.
 
 Without an engine, on vLLM's own buffers, against the memory itself and against what vLLM writes
-for the same tokens at other positions.
+for the same tokens at other positions. And what start-up decides for such models.
 """
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.kv_cache_interface import (
@@ -28,6 +31,9 @@ from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.layout_strided import LatentKeyPages
 from sink_vllm.worker.page_moves import PageMover
 from sink_vllm.worker.rotation import Rotation
+from tests.engine import Policy
+from tests.families import FAMILIES
+from tests.family import write_family
 
 LAYERS, BLOCKS, BLOCK, LATENT, ROTATED = 3, 12, 16, 64, 32
 ROPE = {
@@ -158,3 +164,27 @@ def test_rows_of_another_shape_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"FLASH_ATTN stores 1 rows of 96 numbers .* full\."):
         PageMover(layers, BLOCK, LatentKeyPages).run(MOVES)
+
+
+def build(folder: Path, **settings: Any) -> VllmConfig:
+    policy = Policy(4, 8000, 32).additional_config()
+    return EngineArgs(
+        model=str(folder), additional_config=policy, **settings
+    ).create_engine_config()
+
+
+def test_start_up_on_a_cpu(tmp_path: Path) -> None:
+    """vLLM begins a prompt in one step or not at all, so a step has room for the longest one."""
+    known = {one.name: one for one in FAMILIES}["DeepSeek-V2"]
+    longer = dict(known.settings["rope_parameters"], original_max_position_embeddings=4096)
+    settings = {"rope_parameters": longer, "max_position_embeddings": 16384}
+    folder = write_family(tmp_path, replace(known, settings={**known.settings, **settings}))
+
+    config = build(folder, max_num_seqs=8)
+
+    assert config.cache_config.block_size == 16
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert config.model_config.max_model_len == 4 + 8000 + 32 + 1
+    assert config.scheduler_config.max_num_batched_tokens >= 8037 + 8
+    with pytest.raises(ValueError, match=r"^--block-size=32 is not 16, .*; use 16, or drop"):
+        build(folder, block_size=32)

@@ -24,6 +24,7 @@ from sink_vllm.scheduler import recycler
 from sink_vllm.scheduler.manager import StreamingLLMManager
 from sink_vllm.scheduler.recycler import Recycler
 from sink_vllm.scheduler.spec import StreamingLLMSpec
+from sink_vllm.scheduler.tables import PageTables
 
 BLOCK = 4
 Slot = tuple[int, int]
@@ -69,7 +70,7 @@ class Pool:
         )
         self.recycler = Recycler(
             SinkConfig(schedule=s, block_size=BLOCK),
-            self.manager,
+            PageTables([self.manager]),
             sha256 if self.caching else None,
         )
 
@@ -316,7 +317,9 @@ def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
 
     def boundary(schedule: Schedule, tokens: list[int], salt: str | None) -> int | None:
         request = Request("x", tokens, SamplingParams(max_tokens=1), None, cache_salt=salt)
-        other = Recycler(SinkConfig(schedule=schedule, block_size=BLOCK), pool.manager, sha256)
+        other = Recycler(
+            SinkConfig(schedule=schedule, block_size=BLOCK), pool.recycler.tables, sha256
+        )
         assert other.hasher is not None
         hashes = other.hasher.hashes(request, schedule, tokens)
         return pool.manager.find_resume(schedule, hashes, (len(tokens) - 1) // BLOCK)

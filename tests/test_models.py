@@ -16,7 +16,8 @@ from sink_vllm.facts import model_facts
 from sink_vllm.refusals import REFUSALS
 from tests.conftest import ModelFactory
 from tests.engine import Policy, check_all_free, running_engine
-from tests.families import FAMILIES, Family, write_family
+from tests.families import FAMILIES
+from tests.family import Family, write_family
 from tests.judge import judge, random_tokens
 from tests.models_table import EVICTIONS, markdown
 from tests.oracle import Oracle
@@ -56,7 +57,7 @@ def test_family_streams_exactly(
 
     verdict = judge(HFOracle(folder), POLICY, PROMPTS, generated)
     record_property("verdict", str(verdict))
-    print(family.name, verdict)
+    print(family.name, verdict, [len(set(one.tokens)) for one in generated])
     assert verdict.least_evictions >= EVICTIONS
     assert model.startswith("Transformers") == (family.backend == "transformers")
     if family.positions == "rope":
@@ -65,6 +66,7 @@ def test_family_streams_exactly(
     else:
         assert still == list(range(layers))
     assert len(verdict.ties) <= 3  # more would mean that the model is no good judge
+    assert min(len(set(one.tokens)) for one in generated) >= 10  # and so would a loop
 
 
 @pytest.mark.parametrize("rope", [None, LLAMA3_ROPE], ids=["default", "llama3"])

@@ -307,6 +307,26 @@ def test_a_page_rotated_in_place_equals_one_rotated_on_its_way(
             assert torch.equal(here[name][1], there[name][1])
 
 
+def test_moves_of_other_groups_are_left_to_other_layers() -> None:
+    """Groups have pages of one pool: the same number is another page, or nobody's here."""
+    paged = PagedLayers()
+    layers = paged.attention_layers
+    layers[-1].group = 1
+    mover = PageMover(layers, paged.block_size)
+    keys, values = fill(paged)
+
+    mover.run([PageMove(1, 2, 0, 32, 0, 1), PageMove(3, 4, 0, 32, 0, 2)])
+
+    for index in range(2):
+        for name, (found_keys, found_values) in mover.read_page(2, index).items():
+            layer = paged.names.index(name)
+            source = 1 if index == 1 else 2
+            assert torch.equal(found_keys, keys[layer, source].float())
+            assert torch.equal(found_values, values[layer, source])
+        for name, (found_keys, _) in mover.read_page(4, index).items():
+            assert torch.equal(found_keys, keys[paged.names.index(name), 4].float())
+
+
 def test_a_page_that_another_move_reads_is_not_turned_before() -> None:
     whole, partial = PageMove(3, 3, 0, 32, 64), PageMove(4, 4, 0, 31, 64)
     reading, alone = PageMove(3, 5, 0, 32, 0), PageMove(6, 6, 0, 32, 64)

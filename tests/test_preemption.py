@@ -1,5 +1,6 @@
 """A stream that loses its pages goes on from its survivors, and its client notices nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +71,11 @@ def test_preempted_streams_continue_from_their_survivors(
         lives = live(engine, prompts)
         check_all_free(engine)
 
-    oracle = Oracle(folder)
+    check_lives(Oracle(folder), policy, lives)
+
+
+def check_lives(oracle: Oracle, policy: Policy, lives: Sequence[Life]) -> None:
+    """Assert that some were preempted after evictions, and all were finished as they should."""
     evicted_before = [
         life for life in lives for n, tokens in life.restarts if len(life.prompt) + n > len(tokens)
     ]

@@ -114,6 +114,18 @@ def test_most_sink_tokens_is_the_limit(config: SinkConfig) -> None:
             _parse(config, sink_tokens=most + 1)
 
 
+def test_windows_of_layers_bound_the_window_of_a_request() -> None:
+    """Layers with page tables of their own have no sinks to show."""
+    schedule = Schedule(sink_tokens=4, window=92, stride=32)
+    config = SinkConfig(schedule=schedule, block_size=32, native_window=65)
+
+    assert minimum_window(config) == 64
+    assert most_sink_tokens(config) == 128 - 32 - 64
+    assert _parse(config, sink_window=64) == Schedule(sink_tokens=4, window=64, stride=32)
+    with pytest.raises(ValueError, match=r"^sink_window=63 is smaller .* use 64 or more, or a"):
+        _parse(config, sink_window=63)
+
+
 CONFIG = SinkConfig(schedule=Schedule(sink_tokens=4, window=92, stride=32), block_size=32)
 
 

@@ -20,7 +20,8 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ModelFactory
 from tests.engine import Generated, Policy, running_engine
-from tests.families import FAMILIES, Family, write_family
+from tests.families import FAMILIES
+from tests.family import Family, write_family
 from tests.judge import judge, random_tokens
 from tests.oracle import Oracle
 from tests.oracle_hf import HFOracle

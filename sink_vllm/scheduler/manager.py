@@ -10,7 +10,6 @@ never changes its content.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -18,19 +17,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from sink_vllm.plan import PageMove
 from sink_vllm.schedule import EvictionPages, RopeAnchors, Schedule
+from sink_vllm.scheduler.page_change import ALL_PAGES, PageChange, move_of
 from sink_vllm.scheduler.spec import StreamingLLMSpec
-
-_ALL_PAGES = 2**31 - 1
-"""As the number of pages already hashed: hash no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class PageChange:
-    """What a change of a block table asks of the workers, and what must outlive the step."""
-
-    moves: list[PageMove]
-    retained: list[KVCacheBlock]
-    """Sources of moves that left the block table; free them once the step is scheduled."""
 
 
 class StreamingLLMManager(FullAttentionManager):
@@ -51,11 +39,18 @@ class StreamingLLMManager(FullAttentionManager):
         self.max_admission_blocks_per_request = kv_cache_spec.pages_per_stream
         self.sink_pages: dict[str, list[KVCacheBlock]] = {}
         """Pinned pages with the sinks' keys as first computed, per request that has evicted."""
+        self.lookup_groups = [self.kv_cache_group_id]
+        """KV cache groups that must all have a page for the prefix cache to have it."""
 
     # -- eviction ---------------------------------------------------------------------------
 
     def evict(
-        self, request_id: str, schedule: Schedule, window_delta: int, sink_delta: int
+        self,
+        request_id: str,
+        schedule: Schedule,
+        window_delta: int,
+        sink_delta: int,
+        reserved: int = 0,
     ) -> PageChange | None:
         """Drop the ``g`` tokens after the sinks of a request whose cache is full.
 
@@ -65,6 +60,7 @@ class StreamingLLMManager(FullAttentionManager):
             window_delta: rope positions to rotate the window's keys by; 0 leaves them alone,
                 anything else is a re-anchoring.
             sink_delta: rope positions between the sinks as first computed and as seen from now on.
+            reserved: free pages that must be left for others.
 
         Returns:
             The page moves, or ``None`` when the pool has too few free pages (nothing changed).
@@ -82,7 +78,8 @@ class StreamingLLMManager(FullAttentionManager):
         rewritten = kept if window_delta else kept[: 1 if pages.border is not None else 0]
 
         new_heads = pages.sink_full if first else 0
-        spare = self.block_pool.get_num_free_blocks() + self._get_num_returned(freed) - new_heads
+        spare = self.block_pool.get_num_free_blocks() - reserved
+        spare += self._get_num_returned(freed) - new_heads
         shared = [b for b in rewritten if b.ref_cnt > 1]
         if spare < len(shared):
             return None
@@ -109,14 +106,12 @@ class StreamingLLMManager(FullAttentionManager):
                 self.block_pool.evict_blocks({block.block_id})
             begin = pages.border_sinks if index == 0 else 0
             if target is not block or window_delta:
-                moves.append(
-                    PageMove(block.block_id, target.block_id, begin, self.block_size, window_delta)
-                )
+                moves.append(move_of(self, block, target, begin, self.block_size, window_delta))
         table[:] = [*heads, *kept]
         if request_id in self.num_cached_block:
             # Head pages count as hashed, so that they never are.
             cached = self.num_cached_block[request_id]
-            if cached != _ALL_PAGES:
+            if cached != ALL_PAGES:
                 self.num_cached_block[request_id] = max(cached - pages.dropped, pages.sinks)
         moves += self._sink_moves(schedule, sources, table, sink_delta)
         return PageChange(moves, retained)
@@ -129,16 +124,33 @@ class StreamingLLMManager(FullAttentionManager):
         delta: int,
     ) -> list[PageMove]:
         """Write the sinks into the head pages, rotated from their pristine keys."""
+        sinks, size = schedule.sink_tokens, self.block_size
         return [
-            PageMove(
-                source.block_id,
-                target.block_id,
-                0,
-                min(self.block_size, schedule.sink_tokens - index * self.block_size),
-                delta,
-            )
+            move_of(self, source, target, 0, min(size, sinks - index * size), delta)
             for index, (source, target) in enumerate(zip(sources, table, strict=False))
         ]
+
+    def pages_to_evict(self, request_id: str, schedule: Schedule, window_delta: int) -> int:
+        """Free pages that are enough for ``evict``, whatever it gives back."""
+        pages = EvictionPages.of(schedule, self.block_size)
+        kept = self.req_to_blocks[request_id][pages.sink_full + pages.dropped :]
+        rewritten = kept if window_delta else kept[: 1 if pages.border is not None else 0]
+        new_heads = 0 if request_id in self.sink_pages else pages.sink_full
+        return new_heads + sum(block.ref_cnt > 1 for block in rewritten)
+
+    def pages_to_resume(self, schedule: Schedule, end: int) -> int:
+        """Free pages that are enough for ``resume``."""
+        pages = EvictionPages.of(schedule, self.block_size)
+        first = self._first_window_page(schedule, end)
+        return pages.sink_full + (end - first) + pages.dropped
+
+    def held_to_resume(
+        self, schedule: Schedule, hashes: Sequence[BlockHash], end: int
+    ) -> list[KVCacheBlock]:
+        """The cached pages that ``resume`` starts from."""
+        sinks = EvictionPages.of(schedule, self.block_size).sinks
+        first = self._first_window_page(schedule, end)
+        return [*self._all_cached(hashes[:sinks]), *self._all_cached(hashes[first:end])]
 
     def _get_num_returned(self, blocks: Sequence[KVCacheBlock]) -> int:
         """Pages the pool gains when a request gives up ``blocks``."""
@@ -161,7 +173,7 @@ class StreamingLLMManager(FullAttentionManager):
             or every window, have gaps in the cache.
         """
         sinks = EvictionPages.of(schedule, self.block_size).sinks
-        if any(self._cached(block_hash) is None for block_hash in hashes[:sinks]):
+        if not all(map(self._is_cached, hashes[:sinks])):
             return None
         end = low = num_pages  # pages [low, end) are cached
         while end * self.block_size > schedule.capacity:
@@ -170,7 +182,7 @@ class StreamingLLMManager(FullAttentionManager):
                 low = min(low, end)
                 continue
             first = self._first_window_page(schedule, end)
-            while low > first and self._cached(hashes[low - 1]) is not None:
+            while low > first and self._is_cached(hashes[low - 1]):
                 low -= 1
             if low <= first:
                 return end
@@ -208,7 +220,7 @@ class StreamingLLMManager(FullAttentionManager):
         held = [*sources, *window]
         self.block_pool.touch(held)
         deltas = [
-            self._age(schedule, page, evictions) * -self.anchors.span for page in range(first, end)
+            self.age(schedule, page, evictions) * -self.anchors.span for page in range(first, end)
         ]
         copied = [
             bool(delta) or (index == 0 and pages.border is not None)
@@ -229,9 +241,7 @@ class StreamingLLMManager(FullAttentionManager):
                 target = next(new)
                 retained.append(block)
                 begin = pages.border_sinks if index == 0 else 0
-                moves.append(
-                    PageMove(block.block_id, target.block_id, begin, self.block_size, deltas[index])
-                )
+                moves.append(move_of(self, block, target, begin, self.block_size, deltas[index]))
             table.append(target)
         self.req_to_blocks[request_id] = table
         self.num_cached_block[request_id] = len(table)
@@ -242,6 +252,9 @@ class StreamingLLMManager(FullAttentionManager):
     def _cached(self, block_hash: BlockHash) -> KVCacheBlock | None:
         found = self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id])
         return found[0] if found else None
+
+    def _is_cached(self, block_hash: BlockHash) -> bool:
+        return self.block_pool.get_cached_block(block_hash, self.lookup_groups) is not None
 
     def _all_cached(self, hashes: Sequence[BlockHash]) -> list[KVCacheBlock]:
         blocks = [block for block in map(self._cached, hashes) if block is not None]
@@ -265,9 +278,9 @@ class StreamingLLMManager(FullAttentionManager):
         Rotating it by the sum at once would be the same rotation, but not the same rounding.
         """
         first = self._first_window_page(schedule, end)
-        return self._age(schedule, first, self.evictions_at(schedule, end)) <= 1
+        return self.age(schedule, first, self.evictions_at(schedule, end)) <= 1
 
-    def _age(self, schedule: Schedule, page: int, evictions: int) -> int:
+    def age(self, schedule: Schedule, page: int, evictions: int) -> int:
         """Re-anchorings between the completion of a page of the stream and ``evictions``."""
         written = schedule.evictions((page + 1) * self.block_size)
         return self.anchors.reanchorings(evictions) - self.anchors.reanchorings(written)
@@ -276,7 +289,7 @@ class StreamingLLMManager(FullAttentionManager):
 
     def stop_hashing(self, request_id: str) -> None:
         """Let no further page of a request into the prefix cache."""
-        self.num_cached_block[request_id] = _ALL_PAGES
+        self.num_cached_block[request_id] = ALL_PAGES
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The pages of a request that ends or is preempted: sink pages first, then the table."""

@@ -13,8 +13,9 @@ from sink_vllm.plan import PageMove
 from sink_vllm.request_options import RequestPolicy
 from sink_vllm.schedule import EvictionPages, Schedule
 from sink_vllm.scheduler.hashing import PageHasher
-from sink_vllm.scheduler.manager import PageChange, StreamingLLMManager
+from sink_vllm.scheduler.page_change import PageChange
 from sink_vllm.scheduler.stream import Stream, compact, show
+from sink_vllm.scheduler.tables import PageTables
 from sink_vllm.stats import StreamingLLMStats
 
 # Below vLLM's own logger, whose handlers print it.
@@ -33,14 +34,14 @@ class Recycler:
     def __init__(
         self,
         config: SinkConfig,
-        manager: StreamingLLMManager,
+        tables: PageTables,
         hash_function: Callable[[Any], bytes] | None,
     ) -> None:
         """``hash_function`` hashes pages for the prefix cache; ``None`` when caching is off."""
         self.config = config
-        self.manager = manager
+        self.tables = tables
         self.hasher = (
-            PageHasher(manager.block_size, hash_function) if hash_function is not None else None
+            PageHasher(tables.block_size, hash_function) if hash_function is not None else None
         )
         self.streams: dict[str, Stream] = {}
         self.dirty: set[str] = set()
@@ -113,7 +114,7 @@ class Recycler:
 
     def _drop_hashes(self, request: Request, stream: Stream) -> None:
         """Forget hashes of pages with tokens that are not computed, before vLLM drops them."""
-        full = request.num_computed_tokens // self.manager.block_size
+        full = request.num_computed_tokens // self.tables.block_size
         if full >= len(request.block_hashes):
             return
         if full == 0 and stream.evicted_from_chain:
@@ -159,9 +160,9 @@ class Recycler:
         """Drop ``g`` tokens of a full stream; False, and nothing changed, when pages are short."""
         stream = self.streams[request.request_id]
         evictions = stream.chain_evictions + 1
-        anchors = self.manager.anchors
+        anchors = self.tables.anchors
         reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
-        change = self.manager.evict(
+        change = self.tables.evict(
             request.request_id,
             stream.schedule,
             window_delta=-anchors.span if reanchor else 0,
@@ -182,7 +183,7 @@ class Recycler:
     def _evict_hashes(self, request: Request, schedule: Schedule) -> None:
         assert self.hasher is not None
         if self.hasher.survives_eviction(schedule):
-            pages = EvictionPages.of(schedule, self.manager.block_size)
+            pages = EvictionPages.of(schedule, self.tables.block_size)
             del request.block_hashes[pages.sink_full : pages.sink_full + pages.dropped]
             request.update_block_hashes()
         else:
@@ -191,7 +192,7 @@ class Recycler:
     def _stop_hashing(self, request: Request) -> None:
         request._block_hasher = None
         request.block_hashes.clear()
-        self.manager.stop_hashing(request.request_id)
+        self.tables.stop_hashing(request.request_id)
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
@@ -212,22 +213,22 @@ class Recycler:
         tokens, stream.prompt = stream.prompt, None
         assert tokens is not None
         assert self.hasher is not None
-        schedule, block_size = stream.schedule, self.manager.block_size
+        schedule, block_size = stream.schedule, self.tables.block_size
         hashes = self.hasher.hashes(request, schedule, tokens)
-        boundary = self.manager.find_resume(schedule, hashes, (len(tokens) - 1) // block_size)
+        boundary = self.tables.find_resume(schedule, hashes, (len(tokens) - 1) // block_size)
         change = None
         if boundary is not None:
-            change = self.manager.resume(
+            change = self.tables.resume(
                 request.request_id, schedule, hashes, boundary, reserved_pages
             )
         if boundary is None or change is None:
             self._account(request.request_id, stream, stream.evictions)
             return False
         computed = boundary * block_size
-        evictions = self.manager.evictions_at(schedule, boundary)
+        evictions = self.tables.evictions_at(schedule, boundary)
         stream.evictions = stream.chain_evictions = evictions
         stream.evicted = stream.evicted_from_chain = evictions * schedule.stride
-        stream.reanchorings = self.manager.anchors.reanchorings(evictions)
+        stream.reanchorings = self.tables.anchors.reanchorings(evictions)
         stream.last_hash = hashes[boundary - 1]
         self.dirty.add(request.request_id)
         cached = [tokens[p] for p in schedule.cached_positions(computed + 1) if p < computed]
@@ -259,7 +260,7 @@ class Recycler:
         """The step is planned: whatever takes the sources of its moves next is written after
         the moves ran, so they may go back to the pool."""
         if self._retained:
-            self.manager.block_pool.free_blocks(self._retained)
+            self.tables.block_pool.free_blocks(self._retained)
             self._retained = []
 
     def take_stats(self) -> StreamingLLMStats:

@@ -29,8 +29,8 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.plan import REPORT_KEY, Resent, StepPlan
-from sink_vllm.scheduler.manager import StreamingLLMManager
 from sink_vllm.scheduler.recycler import Recycler
+from sink_vllm.scheduler.tables import PageTables
 
 # Below vLLM's own logger, whose handlers print it.
 logger = init_logger(f"vllm.{__name__}")
@@ -46,12 +46,11 @@ class StreamingLLMMixin(Scheduler):
         super().__init__(*args, **kwargs)
         config = SinkConfig.of(self.vllm_config)
         assert config is not None, "the scheduler of the policy needs the policy"
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, StreamingLLMManager)
+        tables = PageTables(self.kv_cache_manager.coordinator.single_type_managers)
         cache_config = self.vllm_config.cache_config
         self.recycler = Recycler(
             config,
-            manager,
+            tables,
             get_hash_fn_by_name(cache_config.prefix_caching_hash_algo)
             if cache_config.enable_prefix_caching
             else None,
@@ -59,14 +58,17 @@ class StreamingLLMMixin(Scheduler):
         # The block manager keeps C + 1; what must not see that limit is the stop check. Chunks
         # are capped by `_reserve_prefill_lookahead` below.
         self.max_model_len = _NO_LENGTH_LIMIT
-        self._stride_pages = config.schedule.stride // manager.block_size
+        self._stride_pages = (
+            config.schedule.stride // tables.block_size * len(self.kv_cache_config.kv_cache_groups)
+        )
         self._resent: list[NewRequestData] = []
         self._log_start(config)
 
     def _log_start(self, config: SinkConfig) -> None:
-        spec = self.recycler.manager.spec
-        per_stream = spec.pages_per_stream
-        layers = len(self.kv_cache_config.kv_cache_groups[0].layer_names)
+        spec = self.recycler.tables.spec
+        per_stream = self.recycler.tables.pages_per_stream
+        # Pages of all groups come from one pool: as many layers in each.
+        layers = max(len(one.layer_names) for one in self.kv_cache_config.kv_cache_groups)
         logger.info(
             "StreamingLLM: sink tokens S=%d, window W=%d, stride g=%d, capacity C=%d tokens; "
             "KV cache per stream: %.2f MiB in %d pages of %d tokens; %d streams fit.",
@@ -202,7 +204,7 @@ class StreamingLLMMixin(Scheduler):
     def _resent_state(self, req_id: str) -> Resent:
         stream = self.recycler.streams[req_id]
         return Resent(
-            rope_offset=self.recycler.manager.anchors.offset(stream.chain_evictions),
+            rope_offset=self.recycler.tables.anchors.offset(stream.chain_evictions),
             evicted=stream.evicted,
             output_token_ids=list(self.requests[req_id]._output_token_ids),
         )
@@ -265,8 +267,11 @@ class StreamingLLMMixin(Scheduler):
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         capacity = self.recycler.streams[request.request_id].capacity
         if num_tokens >= capacity:
-            num_tokens = (capacity - 1) // self.block_size * self.block_size
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+            # Looked up again: windowed layers need pages further back of a shorter prefix.
+            hit, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, capacity - 1
+            )
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(hit)
         return blocks, num_tokens, boundary, diverged
 
     # -- output -----------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sink_vllm.schedule import Schedule, pages_per_stream
+from sink_vllm.request_options import most_sink_tokens
+from sink_vllm.schedule import Schedule, cdiv, pages_per_stream
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,6 +40,10 @@ class StreamingLLMSpec(FullAttentionSpec):
     stride: int
     rope_rows: int | None
     """Rope positions the model's tables hold; ``None`` when no layer rotates its keys."""
+    pinnable: int = 0
+    """Sink tokens a request may ask for, for which start-up must leave room: the front end, which
+    checks requests against the pool, knows nothing of other tables in it. 0 where there are none.
+    """
 
     @classmethod
     def wrap(
@@ -61,6 +66,7 @@ class StreamingLLMSpec(FullAttentionSpec):
             window=config.schedule.window,
             stride=config.schedule.stride,
             rope_rows=rope_rows,
+            pinnable=most_sink_tokens(config) if config.native_window else 0,
         )
 
     @property
@@ -77,7 +83,9 @@ class StreamingLLMSpec(FullAttentionSpec):
         vLLM refuses to start when the pool cannot hold this, and derives the number of streams
         that fit from it.
         """
-        return self.pages_per_stream * self.page_size_bytes
+        sinks = max(self.sink_tokens, self.pinnable)
+        pages = cdiv(self.schedule.capacity, self.block_size) + cdiv(sinks, self.block_size)
+        return pages * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[StreamingLLMSpec]) -> StreamingLLMSpec:
@@ -91,6 +99,7 @@ class StreamingLLMSpec(FullAttentionSpec):
             window=first.window,
             stride=first.stride,
             rope_rows=min(rows) if rows else None,
+            pinnable=first.pinnable,
         )
 
 
@@ -99,6 +108,11 @@ class StreamingLLMLatentSpec(StreamingLLMSpec, MLAAttentionSpec):  # type: ignor
     """The same for multi-head latent attention."""
 
     plain: ClassVar[type[FullAttentionSpec]] = MLAAttentionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMWindowSpec(SlidingWindowSpec):
+    """Sliding-window attention with page tables of its own; the window never reaches the sinks."""
 
 
 _WRAPPERS: dict[type[KVCacheSpec], type[StreamingLLMSpec]] = {
@@ -117,6 +131,8 @@ def under_policy(
     if wrapper is None:
         return spec
     assert isinstance(spec, AttentionSpec)
+    if type(spec) is SlidingWindowSpec and spec.sliding_window <= config.native_window:
+        return replace_as(spec, StreamingLLMWindowSpec, block_size=block_size)
     return wrapper.wrap(spec, config, rope_rows, block_size)
 
 
@@ -131,10 +147,16 @@ def register() -> None:
     empty, so a plugin that comes first would suppress all of them.
     """
     from sink_vllm.scheduler.manager import StreamingLLMManager
+    from sink_vllm.scheduler.window_manager import StreamingLLMWindowManager
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(
         StreamingLLMSpec,
         manager_class=StreamingLLMManager,
         uniform_type_base_spec=FullAttentionSpec,
+    )
+    KVCacheSpecRegistry.register(
+        StreamingLLMWindowSpec,
+        manager_class=StreamingLLMWindowManager,
+        uniform_type_base_spec=SlidingWindowSpec,
     )

@@ -40,6 +40,8 @@ class AttentionLayer:
     module: Attention | MLAAttention
     rotation: Rotation | None
     """Rotation of its keys; ``None`` if keys do not depend on the position (NoPE, ALiBi)."""
+    group: int = 0
+    """KV cache group: which of a stream's page tables is its own."""
 
     @property
     def kv_cache(self) -> torch.Tensor:
@@ -92,19 +94,20 @@ def check_windows(layers: Iterable[AttentionLayer]) -> None:
     Raises:
         ValueError: names a layer, the windows and the way out.
     """
-    by_window = {
-        getattr(one.module, "sliding_window", None): one
-        for one in layers
-        if one.module.attn_backend.get_name() == "FLASHINFER"
-    }
-    if len(by_window) > 1:
-        windows = ", ".join(sorted(str(window or "none") for window in by_window))
-        name = next(one.name for window, one in by_window.items() if window)
-        raise ValueError(
-            f"{name}: FLASHINFER plans one attention window for all layers that share pages, and "
-            f"this model has several ({windows}); use --attention-backend FLASH_ATTN or "
-            f"TRITON_ATTN."
-        )
+    windows: dict[int, dict[int | None, str]] = {}
+    for one in layers:
+        if one.module.attn_backend.get_name() == "FLASHINFER":
+            window = getattr(one.module, "sliding_window", None)
+            windows.setdefault(one.group, {})[window] = one.name
+    for name_of in windows.values():
+        if len(name_of) > 1:
+            several = ", ".join(sorted(str(window or "none") for window in name_of))
+            name = next(name for window, name in name_of.items() if window)
+            raise ValueError(
+                f"{name}: FLASHINFER plans one attention window for all layers that share pages, "
+                f"and here they have several ({several}); use --attention-backend FLASH_ATTN or "
+                f"TRITON_ATTN."
+            )
 
 
 def _cached(vllm_config: VllmConfig) -> Iterator[tuple[str, Attention | MLAAttention]]:

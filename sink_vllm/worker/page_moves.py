@@ -67,14 +67,23 @@ class PageMover:
             ValueError: on the first call only, if the layout of the KV cache is not supported.
         """
         for group in self._bound_groups():
-            group.run(moves)
+            # Also with one group here: moves of others may be meant for other pipeline stages.
+            mine = [move for move in moves if move.group == group.index]
+            if mine:
+                group.run(mine)
 
     @torch.inference_mode()
-    def read_page(self, page: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys (float32) and values of a page by layer: ``[block_size, heads, head_size]`` each."""
+    def read_page(self, page: int, index: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys (float32) and values of a page by layer: ``[block_size, heads, head_size]`` each.
+
+        Args:
+            page: of the scheduler.
+            index: KV cache group; its layers are read.
+        """
         return {
             layer.name: (keys[i], values[i])
             for group in self._bound_groups()
+            if group.index == index
             for keys, values in [group.read_page(page)]
             for i, layer in enumerate(group.layers)
         }
@@ -95,6 +104,7 @@ class PageMover:
             for layer in self.layers:
                 cache = layer.kv_cache
                 kind = (
+                    layer.group,
                     id(layer.rotation),
                     cache.shape,
                     cache.stride(),
@@ -115,6 +125,7 @@ class _LayerGroup:
         self, layers: Sequence[AttentionLayer], block_size: int, key_pages: KeyPagesFactory
     ) -> None:
         self.layers = list(layers)
+        self.index = layers[0].group
         names = [layer.name for layer in layers]
         self.store = PageStore(names, [layer.kv_cache for layer in layers])
         self._bound = [layer.module.kv_cache for layer in layers]

@@ -26,7 +26,6 @@ class StreamingLLMRunner(_Runner):
         super().load_model(*args, **kwargs)
         self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
         self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
-        check_windows(self.attention_layers)
         extend_rope_tables(self.attention_layers, self._config.capacity)
 
     @property
@@ -48,4 +47,9 @@ class StreamingLLMRunner(_Runner):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        groups = kv_cache_config.kv_cache_groups
+        index_of = {name: i for i, group in enumerate(groups) for name in group.layer_names}
+        for layer in self.attention_layers:
+            layer.group = index_of[layer.name]
+        check_windows(self.attention_layers)
         self.page_mover = PageMover.for_runner(self)

@@ -27,7 +27,8 @@ from sink_vllm.worker.page_moves import PageMover
 
 logger = logging.getLogger("vllm.sink_vllm")
 
-_REFERENCE, _SCRATCH = 1, 2  # pages; page 0 is vLLM's null block
+_Pages = Sequence[int]
+"""One page of each KV cache group."""
 _NEAR = 3  # rope positions of the near delta; the far one is the end of the table
 _Token = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -46,8 +47,8 @@ class _Trial:
 def self_test(runner: Any, worker: Any = None) -> None:
     """Compare ``runner.page_mover`` with the model; run once, before any request.
 
-    Pages 1 and 2 are used and left zeroed. Layers that turn out not to rotate lose their
-    ``rotation``, and the mover is told.
+    Two pages per KV cache group are used and left zeroed, from page 1 on. Layers that turn out not
+    to rotate lose their ``rotation``, and the mover is told.
 
     Args:
         runner: model runner with ``attention_layers`` and ``page_mover``, caches bound.
@@ -60,16 +61,14 @@ def self_test(runner: Any, worker: Any = None) -> None:
     layers, mover = runner.attention_layers, runner.page_mover
     if not layers:
         return  # a pipeline stage without attention
-    if len(runner.kv_cache_config.kv_cache_groups) != 1:
-        raise ValueError(
-            f"the KV cache has {len(runner.kv_cache_config.kv_cache_groups)} groups of layers "
-            f"with page tables of their own, and --kv-policy sink moves pages of one; serve this "
-            f"model with --kv-policy full."
-        )
+    groups = len(runner.kv_cache_config.kv_cache_groups)
+    # Page 0 is vLLM's null block; groups have pages in one pool.
+    reference, scratch = range(1, groups + 1), range(groups + 1, 2 * groups + 1)
     # CPU attention reads whole pages, and NaN times a weight of zero is still NaN.
-    mover.clear((_REFERENCE, _SCRATCH))
+    mover.clear((*reference, *scratch))
     # All steps first: a rank that raised between them would leave the others waiting.
-    trials = _run_trials(runner, runner if worker is None else worker, mover, rope_rows(layers))
+    steps = runner if worker is None else worker
+    trials = _run_trials(runner, steps, reference, scratch)
     still = [layer for layer in layers if not _rotates(layer, trials)]
     if len(still) == len(layers) and rope_rows(layers) is not None:
         raise ValueError(
@@ -80,7 +79,7 @@ def self_test(runner: Any, worker: Any = None) -> None:
     for layer in still:
         layer.rotation = None
     mover.rebind()
-    mover.clear((_REFERENCE, _SCRATCH))
+    mover.clear((*reference, *scratch))
     worst = max((_key_error(layer, trial) for layer in layers for trial in trials), default=0.0)
     logger.info(
         "Start-up self-test: keys re-rotate in %d layers, do not depend on positions in %d; "
@@ -91,23 +90,25 @@ def self_test(runner: Any, worker: Any = None) -> None:
     )
 
 
-def _run_trials(runner: Any, steps: Any, mover: PageMover, rows: int | None) -> list[_Trial]:
+def _run_trials(runner: Any, steps: Any, reference: _Pages, scratch: _Pages) -> list[_Trial]:
+    mover, rows = runner.page_mover, rope_rows(runner.attention_layers)
     far = _NEAR if rows is None else rows - 1
     vocabulary = runner.model_config.get_vocab_size()
     trials = []
     for token in sorted({vocabulary // 2, vocabulary // 3}):
         for delta in sorted({min(_NEAR, far), far}):
-            _run_token(steps, token, page=_REFERENCE, offset=0)
-            _run_token(steps, token, page=_SCRATCH, offset=delta)
-            at_zero, at_delta = _first_token(mover, _REFERENCE), _first_token(mover, _SCRATCH)
-            mover.run([PageMove(_REFERENCE, _SCRATCH, 0, 1, delta)])
-            trials.append(_Trial(delta, at_zero, at_delta, _first_token(mover, _SCRATCH)))
+            _run_token(steps, token, pages=reference, offset=0)
+            _run_token(steps, token, pages=scratch, offset=delta)
+            at_zero, at_delta = _first_token(mover, reference), _first_token(mover, scratch)
+            pairs = enumerate(zip(reference, scratch, strict=True))
+            mover.run([PageMove(src, dst, 0, 1, delta, group) for group, (src, dst) in pairs])
+            trials.append(_Trial(delta, at_zero, at_delta, _first_token(mover, scratch)))
     return trials
 
 
-def _run_token(steps: Any, token: int, *, page: int, offset: int) -> None:
-    """Run a request of one token in slot 0 of ``page`` at rope position ``offset``."""
-    req_id = f"_sink_vllm_self_test_{page}"
+def _run_token(steps: Any, token: int, *, pages: _Pages, offset: int) -> None:
+    """Run a request of one token in slot 0 of ``pages`` at rope position ``offset``."""
+    req_id = f"_sink_vllm_self_test_{pages[0]}"
     step = SchedulerOutput.make_empty()
     step.scheduled_new_reqs = [
         NewRequestData(
@@ -117,7 +118,7 @@ def _run_token(steps: Any, token: int, *, page: int, offset: int) -> None:
             mm_features=[],
             sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
             pooling_params=None,
-            block_ids=([page],),
+            block_ids=tuple([page] for page in pages),
             num_computed_tokens=0,
             lora_request=None,
         )
@@ -133,9 +134,13 @@ def _run_token(steps: Any, token: int, *, page: int, offset: int) -> None:
     steps.execute_model(finish)
 
 
-def _first_token(mover: PageMover, page: int) -> _Token:
+def _first_token(mover: PageMover, pages: _Pages) -> _Token:
     """Key and value ``[heads, head_size]`` of slot 0, by layer."""
-    return {name: (keys[0], values[0]) for name, (keys, values) in mover.read_page(page).items()}
+    return {
+        name: (keys[0], values[0])
+        for group, page in enumerate(pages)
+        for name, (keys, values) in mover.read_page(page, group).items()
+    }
 
 
 def _rotates(layer: AttentionLayer, trials: Sequence[_Trial]) -> bool:
