@@ -39,6 +39,7 @@ from sink_vllm.worker.page_moves import PageMover
 from sink_vllm.worker.rotation import Rotation
 
 SINKS = (4, 1024)
+DTYPES = {"bfloat16": torch.bfloat16, "fp8": torch.uint8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Shape:
     head_size: int = 128
     block_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    """Of the cache: bytes stand for fp8, as in vLLM."""
 
     @property
     def page_bytes(self) -> int:
@@ -71,10 +73,11 @@ def attention_layers(
 ) -> list[AttentionLayer]:
     """Layers with pages in one buffer of vLLM's, laid out as GPU backends ask for."""
     current_platform.import_kernels()
+    table = torch.bfloat16 if shape.dtype == torch.uint8 else shape.dtype
     with set_current_vllm_config(VllmConfig()):
         rope = {"rope_type": "default", "rope_theta": 500000.0}
         rotary = get_rope(
-            shape.head_size, 131072, is_neox_style=True, rope_parameters=rope, dtype=shape.dtype
+            shape.head_size, 131072, is_neox_style=True, rope_parameters=rope, dtype=table
         )
     spec = FullAttentionSpec(
         block_size=shape.block_size,
@@ -103,6 +106,7 @@ def attention_layers(
         "head_size": shape.head_size,
         "head_size_v": shape.head_size,
         "attn_backend": Backend(),
+        "kv_cache_dtype": "fp8" if shape.dtype == torch.uint8 else "auto",
     }
     return [
         AttentionLayer(name, cast(Any, SimpleNamespace(kv_cache=views[name], **known)), rotation)
@@ -149,16 +153,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the KV cache")
     parser.add_argument("--layout", default="LBNHC", choices=[one.name for one in KVCacheLayout])
     args = parser.parse_args()
     device = torch.device(args.device)
-    shape = Shape()
+    shape = Shape(dtype=DTYPES[args.dtype])
     block = shape.block_size
     blocks = 1 + 2 * max(args.streams) * (-(-max(SINKS) // block) + 1)
     mover = PageMover(attention_layers(shape, device, blocks, KVCacheLayout[args.layout]), block)
     bandwidth = bytes_per_millisecond(device, max(args.repeats // 10, 3))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, {args.layout}, {args.repeats} repeats, copy at {bandwidth / 1e6:.0f} GB/s")
+    what = f"{name}, {args.layout}, {args.dtype}, {args.repeats} repeats"
+    print(f"{what}, copy at {bandwidth / 1e6:.0f} GB/s")
     print(f"{'S':>5} {'streams':>7} {'MB written':>10} {'ms':>8} {'floor':>8}  ratio")
     for sinks in SINKS:
         for streams in args.streams:

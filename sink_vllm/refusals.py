@@ -12,6 +12,8 @@ from sink_vllm.facts import Facts
 
 KNOWN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+FP8_KV_DTYPES = ("fp8", "fp8_e4m3")
+"""One scale for all keys of a layer or of a head: it cancels when a key is rotated."""
 PLATFORMS = ("cpu", "cuda")
 
 
@@ -218,8 +220,15 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "quantised KV cache",
         "a quantised KV cache",
-        lambda f: _if(f.kv_cache_dtype not in PLAIN_KV_DTYPES, f.kv_cache_dtype),
-        "rotating a key would need its scale",
+        lambda f: _if(f.kv_cache_dtype not in PLAIN_KV_DTYPES + FP8_KV_DTYPES, f.kv_cache_dtype),
+        "rotating a key would need the scale of its token",
+        "use --kv-cache-dtype fp8 on a GPU, or auto",
+    ),
+    Refusal(
+        "fp8 KV cache on CPUs",
+        "an fp8 KV cache on CPUs",
+        lambda f: _if(f.platform == "cpu" and f.kv_cache_dtype in FP8_KV_DTYPES, f.kv_cache_dtype),
+        "its kernels need AVX-512 or AMX, and their pages have not been moved by a test",
         "use --kv-cache-dtype auto",
     ),
     Refusal(

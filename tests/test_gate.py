@@ -13,7 +13,7 @@ import pytest
 
 from sink_vllm.facts import Facts
 from sink_vllm.gate import check, markdown, reason
-from sink_vllm.refusals import KNOWN_ROPE_TYPES, PLAIN_KV_DTYPES, REFUSALS, Refusal
+from sink_vllm.refusals import FP8_KV_DTYPES, KNOWN_ROPE_TYPES, PLAIN_KV_DTYPES, REFUSALS, Refusal
 
 DOCS = Path(__file__).parents[1] / "docs" / "limitations.md"
 
@@ -63,7 +63,8 @@ CASES: dict[str, tuple[Facts, str]] = {
     "platform": (Facts(platform="xpu"), "xpu"),
     "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),
     "no chunked prefill": (Facts(chunked_prefill=False), "--no-enable-chunked-prefill"),
-    "quantised KV cache": (Facts(kv_cache_dtype="fp8_e4m3"), "fp8_e4m3"),
+    "quantised KV cache": (Facts(kv_cache_dtype="fp8_e5m2"), "fp8_e5m2"),
+    "fp8 KV cache on CPUs": (Facts(kv_cache_dtype="fp8_e4m3"), "fp8_e4m3"),
     "speculative decoding": (Facts(speculative_method="ngram"), "ngram"),
     "KV offloading": (
         Facts(kv_offloading_gib=2.5, kv_connector="OffloadingConnector"),
@@ -137,6 +138,11 @@ def test_alibi_is_accepted() -> None:
 @pytest.mark.parametrize("dtype", PLAIN_KV_DTYPES)
 def test_plain_kv_dtypes_are_accepted(dtype: str) -> None:
     assert reason(Facts(kv_cache_dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", FP8_KV_DTYPES)
+def test_fp8_is_accepted_on_gpus(dtype: str) -> None:
+    assert reason(Facts(kv_cache_dtype=dtype, platform="cuda")) is None
 
 
 def test_documentation_is_the_table() -> None:

@@ -9,6 +9,7 @@ its source: the key, then the value.
 import importlib.util
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ SHAPE = Shape(layers=3, kv_heads=2, head_size=32, block_size=16, dtype=torch.flo
 BLOCKS = 40
 CONTENT = 2 * SHAPE.head_size
 SINKS = (1, 4, 16, 21, 40)
+FP8 = torch.finfo(torch.float8_e4m3fn)
 BACKENDS = ("flash_attn", "flashinfer", "triton_attn", "flex_attention")
 
 
@@ -83,6 +85,41 @@ def test_an_eviction_in_every_layout(layout: KVCacheLayout, sinks: int) -> None:
     untouched = [block for block in range(BLOCKS) if block not in changed]
     assert torch.equal(after[:, untouched], before[:, untouched])
     assert not torch.equal(after[:, changed], before[:, changed])
+
+
+@pytest.mark.parametrize("layout", list(KVCacheLayout), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("sinks", SINKS)
+def test_an_eviction_of_fp8_keys(layout: KVCacheLayout, sinks: int) -> None:
+    """Keys are decoded, rotated and rounded once, values and everything else keep their bits."""
+    shape = replace(SHAPE, dtype=torch.uint8)
+    layers = attention_layers(shape, torch.device("cpu"), BLOCKS, layout)
+    buffer = torch.empty(0, dtype=torch.uint8).set_(layers[0].kv_cache.untyped_storage())
+    numbers = torch.randn(buffer.shape, generator=torch.Generator().manual_seed(sinks))
+    # Some of them at the end of the range, where a rotation leads beyond it.
+    stored = (numbers * 300).clamp(-FP8.max, FP8.max).to(torch.float8_e4m3fn)
+    buffer.copy_(stored.view(torch.uint8))
+    before = by_letters(buffer.view(torch.float8_e4m3fn).float(), layout)
+    bits = by_letters(buffer, layout).clone()
+    random.seed(sinks)
+    take = iter(random.sample(range(BLOCKS), BLOCKS)).__next__
+    moves = [m for _ in range(3) for m in moves_of_one_eviction(SHAPE.block_size, sinks, take)]
+    moves = [move._replace(delta=move.delta % 500) for move in moves]
+
+    PageMover(layers, SHAPE.block_size).run(moves)
+
+    after_bits = by_letters(buffer, layout)
+    after = by_letters(buffer.view(torch.float8_e4m3fn).float(), layout)
+    exact = expected_after(moves, before)
+    expected = exact.clamp(-FP8.max, FP8.max)
+    assert (exact.abs() > FP8.max).any()
+    # Rounded once: half a unit in the last place, which near zero is that of the subnormals.
+    error, unit = (after - expected).abs(), FP8.smallest_normal * FP8.eps
+    assert bool((error <= expected.abs() * FP8.eps / 2 + unit / 2 + 1e-3).all())
+    values = slice(SHAPE.head_size, None)
+    assert torch.equal(after[..., values], expected[..., values].float())
+    untouched = [b for b in range(BLOCKS) if b not in {move.dst for move in moves}]
+    assert torch.equal(after_bits[:, untouched], bits[:, untouched])
+    assert not torch.equal(after_bits, bits)
 
 
 def test_the_gpu_benchmark_runs_without_one(

@@ -43,7 +43,7 @@ class KeyPages(ABC):
 
     @abstractmethod
     def read_values(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Values in the cache's dtype: ``[n, layers, end - begin, heads, head_size]``."""
+        """Values in ``layer.cache_dtype``: ``[n, layers, end - begin, heads, head_size]``."""
 
     @abstractmethod
     def write(
@@ -54,7 +54,10 @@ class KeyPages(ABC):
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """Write keys (float32, rounded to nearest even) and values (copied), shaped as read."""
+        """Write keys (float32, rounded to nearest even) and values (copied), shaped as read.
+
+        In 8-bit floating point, keys beyond its range become its largest numbers.
+        """
 
     def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
         """The part of a layer's cache that holds keys and nothing else.
@@ -85,12 +88,16 @@ def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
     from sink_vllm.worker.layout_cpu import CPUKeyPages
     from sink_vllm.worker.layout_strided import LatentKeyPages, StridedKeyPages
 
-    if store.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"{layer.name}: its KV cache of {str(store.dtype).removeprefix('torch.')} elements "
-            f"is not supported; use --kv-cache-dtype auto."
-        )
     backend = layer.module.attn_backend.get_name()
+    dtype = layer.cache_dtype
+    supported = [torch.float32, torch.bfloat16, torch.float16]
+    if backend != "CPU_ATTN" and not isinstance(layer.module, MLAAttention):
+        supported.append(torch.float8_e4m3fn)
+    if dtype not in supported:
+        raise ValueError(
+            f"{layer.name}: its KV cache of {str(dtype).removeprefix('torch.')} elements in "
+            f"{backend} is not supported; use --kv-cache-dtype auto."
+        )
     if backend == "CPU_ATTN":
         return CPUKeyPages(layer, store)
     if isinstance(layer.module, MLAAttention):

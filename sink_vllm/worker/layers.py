@@ -20,6 +20,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
+from sink_vllm.refusals import FP8_KV_DTYPES
 from sink_vllm.worker.rotation import Rotation
 from sink_vllm.worker.rotation_transformers import (
     TransformersRotation,
@@ -49,6 +50,13 @@ class AttentionLayer:
         cache = self.module.kv_cache
         # Latent attention has one head, and vLLM drops its dimension.
         return cache.unsqueeze(1) if isinstance(self.module, MLAAttention) else cache
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the numbers in its pages: vLLM keeps 8-bit floating-point numbers as bytes."""
+        if self.kv_cache.dtype == torch.uint8 and self.module.kv_cache_dtype in FP8_KV_DTYPES:
+            return torch.float8_e4m3fn
+        return self.kv_cache.dtype
 
 
 def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[AttentionLayer]:

@@ -4,6 +4,10 @@ A token of a head is ``content = head_size + head_size_v`` consecutive numbers, 
 value (``AttentionSpec.state_content_size_bytes``); FlashAttention, FlashInfer, Triton and
 FlexAttention all slice their caches this way.
 
+With an fp8 cache the numbers are keys and values divided by a scale of the layer or of the head
+(``Attention._k_scale``). A rotation within a head commutes with that division, so pages are moved
+without knowing it.
+
 Multi-head latent attention (MLA) caches one row per token for all heads: a latent, from which keys
 and values are computed, then the part of the key that is rotated
 (``MLACommonImpl.do_kv_cache_update``). To page moves the latter is the key and the former the
@@ -36,18 +40,23 @@ class StridedKeyPages(KeyPages):
                 f"{module.head_size} numbers followed by values; use --attention-backend "
                 f"FLASH_ATTN or TRITON_ATTN."
             )
-        self._take(store, slice(0, module.head_size), slice(module.head_size, content))
+        keys, values = slice(0, module.head_size), slice(module.head_size, content)
+        self._take(store, layer.cache_dtype, keys, values)
 
-    def _take(self, store: PageStore, key: slice, value: slice) -> None:
+    def _take(self, store: PageStore, dtype: torch.dtype, key: slice, value: slice) -> None:
         self._key, self._value = key, value
         """Where the two are in the ``content`` of a token."""
+        self._dtype = dtype
+        # A rotation may lengthen a number by a factor of sqrt(2), float8_e4m3fn has no infinity,
+        # and not every conversion to it stops at its largest number: some make NaN.
+        self._largest = torch.finfo(dtype).max if dtype == torch.float8_e4m3fn else None
         self._shape = store.page_shape
         self._strides = store.page_strides
 
     def _slots(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """View ``[n, layers, end - begin, heads, content]``."""
         (heads, _, content), (head, token, number) = self._shape, self._strides
-        return pages.as_strided(
+        return pages.view(self._dtype).as_strided(
             (*pages.shape[:2], end - begin, heads, content),
             (*pages.stride()[:2], token, head, number),
             pages.storage_offset() + begin * token,
@@ -69,6 +78,8 @@ class StridedKeyPages(KeyPages):
         values: torch.Tensor,
     ) -> None:
         slots = self._slots(pages, begin, end)
+        if self._largest is not None:
+            keys = keys.clamp(-self._largest, self._largest)
         slots[..., self._key] = keys
         slots[..., self._value] = values
 
@@ -86,4 +97,4 @@ class LatentKeyPages(StridedKeyPages):
                 f"numbers per token, not one latent of {latent} numbers followed by {rotated} "
                 f"rotated ones; serve this model with --kv-policy full."
             )
-        self._take(store, slice(latent, content), slice(0, latent))
+        self._take(store, layer.cache_dtype, slice(latent, content), slice(0, latent))

@@ -74,7 +74,9 @@ class PageMover:
 
     @torch.inference_mode()
     def read_page(self, page: int, index: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys (float32) and values of a page by layer: ``[block_size, heads, head_size]`` each.
+        """Keys and values (float32) of a page by layer: ``[block_size, heads, head_size]`` each.
+
+        With an fp8 cache they are divided by the layer's scales.
 
         Args:
             page: of the scheduler.
@@ -194,12 +196,13 @@ class _LayerGroup:
         self.store.scatter(prepared.pages, first, last, scratch)
 
     def read_page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[layers, block_size, heads, size]`` of a page of the scheduler."""
+        """Keys and values ``[layers, block_size, heads, size]`` of a page, float32."""
         index = page * self.split + torch.arange(self.split, device=self.store.device)
         scratch = self.store.gather(index, 0, len(self.layers), 0)
         keys = self.pages.read_keys(scratch, 0, self.tokens)
         values = self.pages.read_values(scratch, 0, self.tokens)
-        return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2).clone()
+        values = values.to(torch.float32, copy=True)
+        return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
     def clear(self, pages: Sequence[int]) -> None:
         for page in pages:

@@ -204,7 +204,10 @@ def _allowed(layer: AttentionLayer, delta: int) -> float:
     the cache's dtype. The table's angles were float32 products: half a unit in their last place
     each, which is the larger part far out in a float32 table.
     """
-    precision = max(4 * torch.finfo(layer.kv_cache.dtype).eps, 1e-4)
+    eps = torch.finfo(layer.cache_dtype).eps
+    # Of 8 bits, four roundings in the same direction would hide a small rotation; the keys of a
+    # head are not all rounded in the same direction.
+    precision = eps if layer.cache_dtype.itemsize == 1 else max(4 * eps, 1e-4)
     if layer.rotation is None:
         return precision
     return precision + delta * float(layer.rotation.frequencies.max()) * 2.0**-23
