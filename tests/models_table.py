@@ -55,11 +55,12 @@ run anywhere; xformers' memory-efficient attention has no kernels for CPUs and i
 
 None of this has run on a GPU yet. What a GPU adds is tested on a CPU: the V2 runner under an
 interpreter, asynchronous scheduling, and page moves in every memory layout that vLLM gives to
-FlashAttention, FlashInfer, Triton and FlexAttention, with fp8 too (`tests/test_layouts.py`). With
-`--kv-cache-dtype fp8` a key is rounded to 3 bits again whenever it is rotated: once for sinks,
-which are always rotated from the originals, and at every re-anchoring for the window. Keys beyond the
-range of the format become its largest numbers. Whole streams with fp8 have not been compared with
-anything: vLLM's CPU kernels for it need AVX-512 or AMX, which the machines used so far lack.
+FlashAttention, FlashInfer, Triton and FlexAttention, with fp8 too (`tests/test_layouts.py`).
+
+With `--kv-cache-dtype fp8` a key is rounded to 3 bits again whenever it is rotated: once for sinks,
+which are always rotated from the originals, and at every re-anchoring for the window. Keys beyond
+the range of the format become its largest numbers. Whole streams with fp8 have not been compared
+with anything: vLLM's CPU kernels for it need AVX-512 or AMX, which the machines used so far lack.
 
 What an eviction costs on a GPU, against the bandwidth of the memory, is one command away:
 
