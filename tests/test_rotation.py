@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "yarn": YARN,
     "yarn, magnitude of its own": YARN | {"attention_factor": 1.7},
     "yarn, not truncated": YARN | {"truncate": False},
+    "DeepSeek's yarn": YARN | {"rope_type": "deepseek_yarn", "mscale": 0.7, "mscale_all_dim": 1.0},
     "ntk": {"rope_type": "ntk", "factor": 2.0},
     "ntk, mixed": {"rope_type": "ntk", "factor": 2.0, "mixed_b": 0.6},
     "dynamic ntk": {"rope_type": "dynamic", "factor": 2.0},
@@ -163,7 +164,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "long_factor": [2.0] * 32,
         "original_max_position_embeddings": 512,
     },
-    "DeepseekScalingRotaryEmbedding": YARN | {"rope_type": "deepseek_yarn"},
 }
 
 
