@@ -18,6 +18,7 @@ PATCHING_MODULES = (
     "sink_vllm.frontend.request_options",
     "sink_vllm.frontend.pin",
     "sink_vllm.frontend.streams",
+    "sink_vllm.scheduler.engine_core",
 )
 # Applied by the class that needs them, when it is used; their targets import optional packages.
 ON_DEMAND_MODULES = ("sink_vllm.ray.patches",)

@@ -204,7 +204,7 @@ FAMILIES = (
         special="a layer without rotation (NoPE)",
         backend="transformers",
         still=(1,),
-        settings={"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3},
+        settings={"no_rope_layers": [1, 0, 1, 1], "num_hidden_layers": 4},
     ),
     *SPECIAL,
 )

@@ -5,16 +5,21 @@ because what a page contains is a function of the tokens before it; from the fir
 is a function of ``S``, ``W`` and ``g`` as well, so those pages get them as an extra key. Pages
 before are ordinary and shared with everybody.
 
+A conversation that is resent brings mostly pages that were hashed with its last turn. Hashes of
+long runs of pages are remembered, so that a turn costs what is new.
+
 The list ``Request.block_hashes`` is kept aligned with the block table: an eviction drops the same
 entries from both, and the chain goes on from the last hash that was ever computed.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cachetools import LRUCache
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     generate_block_hash_extra_keys,
@@ -27,6 +32,9 @@ from sink_vllm.schedule import Schedule
 if TYPE_CHECKING:
     from sink_vllm.scheduler.stream import Stream
 
+_RUN = 64  # pages; a run is remembered as a whole
+_REMEMBERED = 1 << 16  # pages, 100 bytes each and 4 per token
+
 
 class PageHasher:
     """Hashes full pages of streams."""
@@ -34,6 +42,7 @@ class PageHasher:
     def __init__(self, block_size: int, hash_function: Callable[[Any], bytes]) -> None:
         self._block_size = block_size
         self._hash = hash_function
+        self._runs: LRUCache[tuple[object, ...], list[BlockHash]] = LRUCache(_REMEMBERED // _RUN)
 
     def survives_eviction(self, schedule: Schedule) -> bool:
         """Whether the chain of hashes can go on after an eviction.
@@ -68,6 +77,29 @@ class PageHasher:
             position: stream position of ``tokens[0]``.
             parent: hash of the page before; ``None`` at the start of the stream.
         """
+        length = self._block_size * _RUN
+        found: list[BlockHash] = []
+        for begin in range(0, len(tokens) - length + 1, length):
+            run = array("i", tokens[begin : begin + length])
+            start, end = position + begin, position + begin + length
+            keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+            key = (parent, start, schedule, keys, run.tobytes())
+            known = self._runs.get(key)
+            if known is None:
+                known = self._runs[key] = self._hash_pages(request, schedule, run, start, parent)
+            found += known
+            parent = known[-1]
+        rest = len(found) * self._block_size
+        return found + self._hash_pages(request, schedule, tokens[rest:], position + rest, parent)
+
+    def _hash_pages(
+        self,
+        request: Request,
+        schedule: Schedule,
+        tokens: Sequence[int],
+        position: int,
+        parent: BlockHash | None,
+    ) -> list[BlockHash]:
         size = self._block_size
         policy = ("streaming_llm", schedule.sink_tokens, schedule.window, schedule.stride)
         found: list[BlockHash] = []
