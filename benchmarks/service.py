@@ -13,17 +13,23 @@ prompt tokens - `cached_tokens` of the answer's usage. Reported: medians of late
 their ratio, and whether some turns give the same tokens as the same conversation as one prompt
 that no page is cached of (`cache_salt`), which is one uninterrupted stream.
 
+Late and early turns of one conversation are minutes apart, in which the speed of a shared machine
+changes more than what is measured. So the last turns alternate with the early turns of other
+conversations on the same server, and `interleaved` compares these two.
+
 What does not follow: the model is tiny, so the share of tokenizing the history in the time to
 first token is far larger than with a model worth serving; the ratio of `chat` is an upper bound.
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -35,6 +41,7 @@ from sink_vllm.schedule import Schedule, pages_per_stream
 NAME = "model"
 BLOCK = 32
 SCHEDULE = Schedule(sink_tokens=4, window=188, stride=64)  # the model is trained for 256 tokens
+_INTERLEAVED = 30  # turns, the last
 GREEDY = {"temperature": 0, "ignore_eos": True}
 WORDS = [
     "self",
@@ -171,6 +178,9 @@ class StreamArm:
         return tokens
 
 
+Arm = ChatArm | StreamArm
+
+
 def questions(turns: int, words: int, seed: int) -> list[str]:
     """Texts of about ``words`` words, different in every turn."""
     draw = random.Random(seed)
@@ -191,13 +201,19 @@ def serve(pages: int, requests: int, *flags: str) -> Server:
 
 
 def long_chat(
-    rows: Rows, arm: ChatArm | StreamArm, name: str, texts: Sequence[str], checks: Sequence[int]
+    rows: Rows, make: Callable[[], Arm], name: str, texts: Sequence[str], checks: Sequence[int]
 ) -> dict[str, Any]:
     """All turns of one conversation; ``checks``: turns to compare with an uninterrupted stream."""
+    arm = make()
     turns: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     equal: dict[int, bool] = {}
+    beside = early_turns(make, len(texts[0].split()))
     for number, text in enumerate(texts, start=1):
         before = turns[-1]["prompt_tokens"] + turns[-1]["output_tokens"] if turns else 0
+        if number > len(texts) - _INTERLEAVED:
+            others.append(next(beside))
+            rows.add(arm=f"{name}-beside", turn=number, **others[-1])
         turn = arm.turn(text)
         turn["new_tokens"] = turn["prompt_tokens"] - before
         rows.add(arm=name, turn=number, **turn)
@@ -217,8 +233,34 @@ def long_chat(
         "ttft_early_s": ttft["early"],
         "ttft_late_s": ttft["late"],
         "ttft_ratio": ttft["late"] / ttft["early"],
+        "interleaved": interleaved(turns[-len(others) :], others),
         "computed_minus_new_tokens": describe(extra),
         "equals_uninterrupted": {str(turn): same for turn, same in equal.items()},
+    }
+
+
+def early_turns(make: Callable[[], Arm], words: int) -> Iterator[dict[str, Any]]:
+    """Turns 11 to 20 of one conversation after the other."""
+    for seed in itertools.count(2):
+        arm = make()
+        for number, text in enumerate(questions(20, words, seed), start=1):
+            turn = arm.turn(text)
+            if number > 10:
+                yield turn
+
+
+def interleaved(
+    late: Sequence[dict[str, Any]], early: Sequence[dict[str, Any]]
+) -> dict[str, float | int]:
+    """Medians of turns that alternated, and the ratio of these."""
+    late_s, early_s = (statistics.median(t["ttft_s"] for t in side) for side in (late, early))
+    tokens = round(statistics.mean(turn["prompt_tokens"] for turn in late))
+    return {
+        "turns": len(late),
+        "late_tokens": tokens,
+        "ttft_early_s": early_s,
+        "ttft_late_s": late_s,
+        "ttft_ratio": late_s / early_s,
     }
 
 
@@ -268,12 +310,14 @@ def main() -> None:
     checks = {args.turns // 10, args.turns // 3, args.turns}
     with results.rows("turns.jsonl") as rows:
         if {"chat", "streams"} & set(args.arms):
-            with serve(16 * per_stream, 8) as server:
+            # Room for the pages of all turns that alternate: a miss would be measured otherwise.
+            with serve(64 * per_stream, 8) as server:
                 server.wait(lambda _seconds: None)
                 api = Api(server)
                 for name, arm in (("chat", ChatArm), ("streams", StreamArm)):
                     if name in args.arms:
-                        summary[name] = long_chat(rows, arm(api, 16), name, texts, sorted(checks))
+                        make = partial(arm, api, 16)
+                        summary[name] = long_chat(rows, make, name, texts, sorted(checks))
         if "crowd" in args.arms:
             with serve(per_stream * args.conversations // 4, args.conversations) as server:
                 server.wait(lambda _seconds: None)
