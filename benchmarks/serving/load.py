@@ -61,9 +61,13 @@ NO_LIMIT = Limit(0, 0.0)
 
 @asynccontextmanager
 async def connection() -> AsyncIterator[aiohttp.ClientSession]:
-    """As many connections as there are streams, no time limit."""
+    """As many connections as there are streams, no time limit.
+
+    A new one per request: the server closes what was idle for some seconds, perhaps just when the
+    next request is sent on it.
+    """
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None),
         read_bufsize=1 << 20,
     ) as http:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from benchmarks.common import MODEL, RESULTS, default_name
 from benchmarks.quality.isolate import WorkError
 from benchmarks.quality.store import Store, StoreError
@@ -25,7 +27,15 @@ from benchmarks.serving.spec import Arm, Scenario, SpecError, load_arms, load_sc
 from examples.serving import Server, ServerError, stop_on_terminate
 
 Row = dict[str, Any]
-FAILURES = (LoadError, OSError, ServerError, SpecError, StoreError, WorkError)
+FAILURES = (
+    aiohttp.ClientError,
+    LoadError,
+    OSError,
+    ServerError,
+    SpecError,
+    StoreError,
+    WorkError,
+)
 BACKGROUNDS = ("ordinary", "endless")
 
 

@@ -37,8 +37,8 @@ from benchmarks.serving.spec import load_arms, load_scenarios
 from examples.serving import stop_on_terminate
 
 # 210 capacities of 64 tokens; and rounds that take about two minutes for all three rows.
-FLATNESS = ["--tokens", "13440", "--window", "28", "--stride", "32", "--rounds", "30"]
-OVERHEAD = ["--streams", "1", "16", "64", "--rounds", "8"]
+FLATNESS = ["--tokens", "13440", "--window", "28", "--stride", "32", "--rounds", "16"]
+OVERHEAD = ["--streams", "1", "16", "64", "--rounds", "5"]
 
 
 def ratios(overheads: dict[str, Any], flat: dict[str, Any], report: Report) -> dict[str, float]:
