@@ -296,7 +296,7 @@ def test_pooling_is_refused(model: str) -> None:
     [
         ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
-        ({"kv_cache_dtype": "fp8"}, r"on CPUs yet \(fp8\)"),
+        ({"kv_cache_dtype": "fp8"}, "on CPUs yet (fp8)"),
         ({"kv_offloading_size": 1.0}, "1.0 GiB"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"logits_processors": ["mine:Processor"]}, "--logits-processors"),
