@@ -33,6 +33,7 @@ from tests.oracle_hf import HFOracle
 from tests.test_preemption import check_lives, live
 
 PROMPTS = [random_tokens(length, length) for length in (5, 150)]
+SLOW = pytest.mark.slow
 
 
 def family(name: str, **settings: Any) -> Family:
@@ -72,8 +73,8 @@ def test_nothing_is_lost_when_all_windows_lie_in_the_kept_one(
     ("policy", "window", "kinds", "full_tables"),
     [
         pytest.param(Policy(4, 92, 32), 48, "sssf", 1, id="four tables"),
-        pytest.param(Policy(40, 56, 32), 48, "sff", 2, id="two of them with sinks"),
-        pytest.param(Policy(4, 92, 32), 110, "sssf", 1, id="one table, into the sinks"),
+        pytest.param(Policy(40, 56, 32), 48, "sff", 2, id="two of them with sinks", marks=SLOW),
+        pytest.param(Policy(4, 92, 32), 110, "sssf", 1, id="one table, into the sinks", marks=SLOW),
     ],
 )
 def test_a_resent_conversation_costs_its_new_tokens(
