@@ -18,9 +18,11 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
+from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -48,6 +50,7 @@ class PagedLayers:
     block_size: int = 32
     blocks: int = 8
     dtype: torch.dtype = torch.float32
+    kv_cache_dtype: CacheDType = "auto"
     rope: Mapping[str, Any] | None = field(default_factory=lambda: DEFAULT_ROPE)
     """``rope_parameters`` of the model's config; ``None``: no rotation."""
     is_neox: bool = True
@@ -63,7 +66,7 @@ class PagedLayers:
         self.config = VllmConfig(
             model_config=model_config,
             device_config=DeviceConfig("cpu"),
-            cache_config=CacheConfig(block_size=self.block_size),
+            cache_config=CacheConfig(block_size=self.block_size, cache_dtype=self.kv_cache_dtype),
         )
         self.names = [f"model.layers.{i}.self_attn.attn" for i in range(self.layers)]
         with set_current_vllm_config(self.config):
@@ -119,7 +122,7 @@ class PagedLayers:
             block_size=self.block_size,
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,
-            dtype=self.dtype,
+            dtype=kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, self.config.model_config),
         )
         layer_stride, block_stride, *_ = compute_layout_strides(
             spec, self.blocks, self.layers, self.layout

@@ -58,6 +58,7 @@ class Facts:
 
     # The engine.
     platform: str = "cpu"
+    cpu_has_fp8_kernels: bool = True
     routed_experts: bool = False
     rust_frontend: bool = False
     chunked_prefill: bool = True
@@ -80,12 +81,15 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
     cache = vllm_config.cache_config
     speculative = vllm_config.speculative_config
     transfer = vllm_config.kv_transfer_config
+    import torch
     from vllm import envs
     from vllm.platforms import current_platform
 
     return Facts(
         **model_facts(vllm_config.model_config),
         platform=current_platform.device_type,
+        # What ``cpu_attn._get_attn_isa`` asks, after the workers have started.
+        cpu_has_fp8_kernels=torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported(),
         routed_experts=vllm_config.aux_output_config.enable_return_routed_experts,
         rust_frontend=os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,

@@ -222,14 +222,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "a quantised KV cache",
         lambda f: _if(f.kv_cache_dtype not in PLAIN_KV_DTYPES + FP8_KV_DTYPES, f.kv_cache_dtype),
         "rotating a key would need the scale of its token",
-        "use --kv-cache-dtype fp8 on a GPU, or auto",
+        "use --kv-cache-dtype fp8 or auto",
     ),
     Refusal(
-        "fp8 KV cache on CPUs",
-        "an fp8 KV cache on CPUs",
-        lambda f: _if(f.platform == "cpu" and f.kv_cache_dtype in FP8_KV_DTYPES, f.kv_cache_dtype),
-        "its kernels need AVX-512 or AMX, and their pages have not been moved by a test",
+        "fp8 KV cache on old CPUs",
+        "an fp8 KV cache on this CPU",
+        lambda f: _if(
+            f.platform == "cpu" and f.kv_cache_dtype in FP8_KV_DTYPES and not f.cpu_has_fp8_kernels,
+            f.kv_cache_dtype,
+        ),
+        "vLLM's kernels for it need AVX-512 or AMX",
         "use --kv-cache-dtype auto",
+        final=True,
     ),
     Refusal(
         "speculative decoding",

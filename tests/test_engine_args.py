@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
@@ -296,7 +297,6 @@ def test_pooling_is_refused(model: str) -> None:
     [
         ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
-        ({"kv_cache_dtype": "fp8"}, "on CPUs yet (fp8)"),
         ({"kv_offloading_size": 1.0}, "1.0 GiB"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"logits_processors": ["mine:Processor"]}, "--logits-processors"),
@@ -326,6 +326,17 @@ def test_features_that_are_refused(model: str, settings: dict[str, Any], what: s
         build(model, **settings)
 
     assert what in str(error.value)
+
+
+def test_fp8_is_refused_where_vllm_has_no_kernels(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM itself would say so only after the workers have started."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+    with pytest.raises(ValueError, match=r"on this CPU \(fp8\): .*; use --kv-cache-dtype auto"):
+        build(model, kv_cache_dtype="fp8")
 
 
 def test_rust_front_end_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,10 @@ CASES: dict[str, tuple[Facts, str]] = {
     "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),
     "no chunked prefill": (Facts(chunked_prefill=False), "--no-enable-chunked-prefill"),
     "quantised KV cache": (Facts(kv_cache_dtype="fp8_e5m2"), "fp8_e5m2"),
-    "fp8 KV cache on CPUs": (Facts(kv_cache_dtype="fp8_e4m3"), "fp8_e4m3"),
+    "fp8 KV cache on old CPUs": (
+        Facts(kv_cache_dtype="fp8_e4m3", cpu_has_fp8_kernels=False),
+        "fp8_e4m3",
+    ),
     "speculative decoding": (Facts(speculative_method="ngram"), "ngram"),
     "KV offloading": (
         Facts(kv_offloading_gib=2.5, kv_connector="OffloadingConnector"),
@@ -141,8 +144,9 @@ def test_plain_kv_dtypes_are_accepted(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FP8_KV_DTYPES)
-def test_fp8_is_accepted_on_gpus(dtype: str) -> None:
-    assert reason(Facts(kv_cache_dtype=dtype, platform="cuda")) is None
+def test_fp8_is_accepted_where_vllm_has_kernels(dtype: str) -> None:
+    assert reason(Facts(kv_cache_dtype=dtype)) is None
+    assert reason(Facts(kv_cache_dtype=dtype, platform="cuda", cpu_has_fp8_kernels=False)) is None
 
 
 def test_documentation_is_the_table() -> None:

@@ -129,6 +129,8 @@ def interruptions(at: Sequence[float], elsewhere: Sequence[float]) -> dict[str, 
     if not at or not elsewhere:
         return {"n": len(at)}
     median = statistics.median([*at, *elsewhere])
+    if not median:  # the client was so late that it read most tokens at once: nothing to say
+        return {"n": 0}
     return {
         "n": len(at),
         "median_gap": median,

@@ -141,7 +141,7 @@ def prompts(
     """Long prompts streaming in, by `vllm bench serve`."""
     assert arm.server is not None
     server = servers[arm.server.name]
-    words_ = bench_serve.command(
+    words_ = bench_serve.arguments(
         server,
         prompt=scenario.prompt,
         tokens=scenario.tokens,
@@ -225,7 +225,15 @@ async def _mixed(
     def arrived(tokens: int) -> None:
         arrivals.append((time.perf_counter(), tokens))
 
-    async with load.connection() as http:
+    words_ = bench_serve.arguments(
+        server,
+        prompt=scenario.short_prompt,
+        tokens=scenario.short_tokens,
+        requests=scenario.short_requests,
+        rate=scenario.rate,
+        seed=repetition,
+    )
+    async with bench_serve.started(words_) as generator, load.connection() as http:
         jobs: list[Coroutine[Any, Any, object]]
         if background == "endless":
             jobs = [
@@ -244,16 +252,7 @@ async def _mixed(
                 await asyncio.sleep(0.1)
                 _raise_failures(tasks)
             with Watch(server) as watch:
-                found = await bench_serve.run(
-                    bench_serve.command(
-                        server,
-                        prompt=scenario.short_prompt,
-                        tokens=scenario.short_tokens,
-                        requests=scenario.short_requests,
-                        rate=scenario.rate,
-                        seed=repetition,
-                    )
-                )
+                found = await generator.run()
             _raise_failures(tasks)
         finally:
             for task in tasks:

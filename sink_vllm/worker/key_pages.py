@@ -22,6 +22,18 @@ LATENT_BACKENDS = ("CPU_MLA",)
 """Backends of multi-head latent attention whose pages have been moved by a test."""
 
 
+def within_range(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys that conversion to ``dtype`` leaves finite.
+
+    A rotation may lengthen a number by a factor of sqrt(2). ``float8_e4m3fn`` has no infinity, and
+    not every conversion to it stops at its largest number: some make NaN.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return keys
+    largest = torch.finfo(dtype).max
+    return keys.clamp(-largest, largest)
+
+
 class KeyPages(ABC):
     """Reads and writes slots ``[begin, end)`` of scratch pages.
 
@@ -91,7 +103,7 @@ def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
     backend = layer.module.attn_backend.get_name()
     dtype = layer.cache_dtype
     supported = [torch.float32, torch.bfloat16, torch.float16]
-    if backend != "CPU_ATTN" and not isinstance(layer.module, MLAAttention):
+    if not isinstance(layer.module, MLAAttention):
         supported.append(torch.float8_e4m3fn)
     if dtype not in supported:
         raise ValueError(

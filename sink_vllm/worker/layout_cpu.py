@@ -9,14 +9,19 @@ op that packs and none that unpacks, so:
 - for reading, the packing is learned once by writing numbered slots through the same op. Each
   element must show up exactly once; a packing that changes numbers, or depends on the head or
   on the page, is refused.
+
+With an fp8 cache the op divides by a scale and cuts bits off (``float_to_fp8e4m3_scalar``), which
+would shorten a key a little at every rotation. So numbers are rounded here, and what the op is
+given is exact: it writes what was read, divided by a scale of one.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from vllm import _custom_ops as ops
 
-from sink_vllm.worker.key_pages import KeyPages
+from sink_vllm.worker.key_pages import KeyPages, within_range
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
 
@@ -31,7 +36,11 @@ class CPUKeyPages(KeyPages):
         heads, tokens, content = store.page_shape
         self._heads, self._tokens, self._head_size = heads, tokens, module.head_size
         self._isa = str(getattr(module, "isa", ""))  # set by CPUAttentionMetadataBuilder
-        self._dtype = store.dtype
+        self._dtype = layer.cache_dtype
+        fp8 = self._dtype == torch.float8_e4m3fn
+        self._bits = store.dtype
+        self._op_dtype = cast("torch.dtype", module.dtype) if fp8 else store.dtype
+        self._format = module.kv_cache_dtype if fp8 else "auto"
         self._slots = torch.arange(0).view(0, tokens)
         if (heads, content) != (module.num_kv_heads, 2 * module.head_size) or (
             module.head_size != module.head_size_v
@@ -47,11 +56,11 @@ class CPUKeyPages(KeyPages):
         self._key_in_half = _Places.of(keys, store.page_size // heads // 2)
 
     def read_keys(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        keys = self._key_at.read(pages, self._heads, begin, end)
+        keys = self._key_at.read(pages, self._heads, begin, end).view(self._dtype)
         return keys.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
     def read_values(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        return self._value_at.read(pages, self._heads, begin, end)
+        return self._value_at.read(pages, self._heads, begin, end).view(self._dtype)
 
     def write(
         self,
@@ -70,13 +79,15 @@ class CPUKeyPages(KeyPages):
         shape = (slots.shape[0], self._heads, self._head_size)
         parts = pages.view(count, self._heads, 2 * self._tokens, self._head_size)
         key_half, value_half = parts.chunk(2, dim=2)
+        rounded = within_range(keys, self._dtype).to(self._dtype)
         ops.cpu_attn_reshape_and_cache(
-            keys.to(self._dtype).view(shape),
-            values.reshape(shape).contiguous(),
+            rounded.to(self._op_dtype).view(shape),
+            values.reshape(shape).to(self._op_dtype).contiguous(),
             key_half,
             value_half,
             slots,
             self._isa,
+            kv_cache_dtype=self._format,
         )
 
     def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
@@ -88,11 +99,11 @@ class CPUKeyPages(KeyPages):
         return halves[:, :, : self._tokens]
 
     def rotate_parts(self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None]) -> None:
-        keys = self._key_in_half.read(parts, self._heads, 0, self._tokens)
+        keys = self._key_in_half.read(parts, self._heads, 0, self._tokens).view(self._dtype)
         exact = keys.to(torch.float32)  # the same memory if it is float32 already
         rotate(exact)
-        if exact is not keys:
-            keys.copy_(exact)
+        if keys.dtype != torch.float32:
+            keys.copy_(within_range(exact, self._dtype))
 
     def _learn(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Where keys and values of a head are in its part of a page.
@@ -108,9 +119,9 @@ class CPUKeyPages(KeyPages):
         while weight < 2 * half:
             digits = (numbers // weight % _BASE).to(self._dtype)
             keys, values = digits[:, None, None].expand(-1, 2, 1, -1, -1, -1).contiguous()
-            pages = torch.zeros(2, 1, self._heads * 2 * half, dtype=self._dtype)
+            pages = torch.zeros(2, 1, self._heads * 2 * half, dtype=self._bits)
             self.write(pages, 0, tokens, keys.float(), values)
-            seen += pages.view_as(seen).to(torch.int64) * weight
+            seen += pages.view(self._dtype).view_as(seen).float().to(torch.int64) * weight
             weight *= _BASE
         places = seen[0, 0].argsort()
         if bool((seen != seen[0, 0]).any()) or not torch.equal(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from sink_vllm.worker.key_pages import KeyPages
+from sink_vllm.worker.key_pages import KeyPages, within_range
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
 
@@ -47,9 +47,6 @@ class StridedKeyPages(KeyPages):
         self._key, self._value = key, value
         """Where the two are in the ``content`` of a token."""
         self._dtype = dtype
-        # A rotation may lengthen a number by a factor of sqrt(2), float8_e4m3fn has no infinity,
-        # and not every conversion to it stops at its largest number: some make NaN.
-        self._largest = torch.finfo(dtype).max if dtype == torch.float8_e4m3fn else None
         self._shape = store.page_shape
         self._strides = store.page_strides
 
@@ -78,9 +75,7 @@ class StridedKeyPages(KeyPages):
         values: torch.Tensor,
     ) -> None:
         slots = self._slots(pages, begin, end)
-        if self._largest is not None:
-            keys = keys.clamp(-self._largest, self._largest)
-        slots[..., self._key] = keys
+        slots[..., self._key] = within_range(keys, self._dtype)
         slots[..., self._value] = values
 
 
