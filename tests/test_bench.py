@@ -137,6 +137,10 @@ def test_interruptions_are_in_medians_of_all_gaps() -> None:
     assert found["elsewhere_share_above"] == 1 / 8
 
 
+def test_tokens_that_were_read_at_once_have_no_ratio() -> None:
+    assert interruptions([0.0, 3.0], [0.0] * 7) == {"n": 2}
+
+
 def test_a_summary_counts_first_tokens_from_the_start() -> None:
     logs = [Log(prompt=62, started=1.0, arrivals=[2.0, 2.5, 3.0, 5.0])]
 

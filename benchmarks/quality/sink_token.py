@@ -1,7 +1,8 @@
 """Question: what does a dedicated sink token in every training sample change (paper, Table 3)?
 
-    python -m examples.train_model.train --steps 600 --out out/with-sink-token
-    python -m examples.train_model.train --steps 600 --out out/without --no-sink-token
+    train="python -m examples.train_model.train --float32 --layers 4 --steps 1000"
+    $train --out out/with
+    $train --out out/without --no-sink-token
     python -m benchmarks.quality.sink_token --name NAME --with FOLDER --without FOLDER
 
 Two models trained alike, on the same samples in the same order; one of them has had BOS, which

@@ -126,11 +126,9 @@ def summary(logs: Sequence[Log], schedule: Schedule, *, evicts: bool) -> dict[st
 
 def interruptions(at: Sequence[float], elsewhere: Sequence[float]) -> dict[str, Any]:
     """How much longer gaps at evictions are, beside how long the other gaps get by themselves."""
-    if not at or not elsewhere:
+    # The median is zero if the client was so late that it read most tokens at once.
+    if not at or not elsewhere or not (median := statistics.median([*at, *elsewhere])):
         return {"n": len(at)}
-    median = statistics.median([*at, *elsewhere])
-    if not median:  # the client was so late that it read most tokens at once: nothing to say
-        return {"n": 0}
     return {
         "n": len(at),
         "median_gap": median,

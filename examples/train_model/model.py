@@ -20,14 +20,14 @@ ROPE_THETA = 10000.0
 QUERY_CHUNK = 128
 
 
-def make_config() -> LlamaConfig:
-    """The exported model's configuration (about 2.5 million weights)."""
+def make_config(layers: int = 12) -> LlamaConfig:
+    """The exported model's configuration (about 2.5 million weights with 12 layers)."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=344,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         head_dim=HEAD_DIM,

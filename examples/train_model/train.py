@@ -138,6 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="folder of Python files instead of the installed packages"
     )
+    parser.add_argument("--layers", type=int, default=12, help="decoder layers of the model")
     parser.add_argument("--batch", type=int, default=16, help="samples of 256 tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="AdamW weight decay")
@@ -174,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
     )
     print(f"corpus {corpus_tokens} tokens, library {streams.library.size}", flush=True)
 
-    config = make_config()
+    config = make_config(args.layers)
     model = CompactLlama(config)
     if not args.no_compile:
         for block in model.blocks:
