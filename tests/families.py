@@ -18,7 +18,6 @@ FAMILIES = (
     Family(
         name="Llama 3.1",
         quick=True,
-        v2=True,
         model="Llama",
         special="GQA, llama3 scaling",
         settings={"rope_parameters": LLAMA3_ROPE},
@@ -79,7 +78,6 @@ FAMILIES = (
     Family(
         name="GPT-J",
         quick=True,
-        v2=True,
         model="GPTJ",
         special="interleaved pairs, partial rotation",
         settings={**GPT2_NAMES, "rotary_dim": 16},
@@ -116,6 +114,7 @@ FAMILIES = (
     ),
     Family(
         name="Command R",
+        gain=2.0,
         model="Cohere",
         special="interleaved pairs",
         settings={**TIED, "logit_scale": 1.0},
@@ -136,7 +135,6 @@ FAMILIES = (
     Family(
         name="Falcon-RW",
         quick=True,
-        v2=True,
         model="Falcon",
         special="ALiBi",
         positions="alibi",
@@ -151,6 +149,7 @@ FAMILIES = (
     ),
     Family(
         name="BLOOM",
+        gain=3.0,
         model="Bloom",
         special="ALiBi",
         positions="alibi",
@@ -175,7 +174,6 @@ FAMILIES = (
     Family(
         name="Pythia",
         quick=True,
-        v2=True,
         model="GPTNeoX",
         special="partial rotation",
         backend="transformers",

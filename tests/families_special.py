@@ -49,7 +49,6 @@ SPECIAL = (
     Family(
         name="Gemma 3",
         quick=True,
-        v2=True,
         model="Gemma3Text",
         special="hybrid, two bases of rotation",
         settings={

@@ -38,10 +38,12 @@ class Family:
     """Tokens per KV page: the smallest of the attention backend."""
     tied_gain: float = 4.0
     """Scale of embeddings that are the output's weights, too."""
+    gain: float = 1.0
+    """Scale of the weights of layers; more where the embedding outweighs them and tokens repeat."""
     quick: bool = False
     """Whether it is tested by default, for all that is like it."""
-    v2: bool = False
-    """Whether it is tested on the V2 model runner, too."""
+    not_on_v2: str = ""
+    """Why it is not tested on the V2 model runner, too."""
 
     @property
     def architecture(self) -> str:
@@ -126,7 +128,7 @@ def _fill(model: Any, family: Family) -> None:
             elif weight is model.get_input_embeddings().weight:
                 weight.copy_(noise * (family.tied_gain / weight.shape[1] ** 0.5 if tied else 1.0))
             else:
-                weight.copy_(noise * _gain(name) / weight.shape[-1] ** 0.5)
+                weight.copy_(noise * family.gain * _gain(name) / weight.shape[-1] ** 0.5)
 
 
 def _gain(name: str) -> float:

@@ -21,12 +21,11 @@ which vLLM dropped after 0.28, this project's (`sink_vllm/models/mpt.py`). The t
 and log-probabilities of whole streams equal those of the same checkpoint run by transformers, one
 token at a time, with keys renumbered by cache position (float32, 1e-4).
 
-- **V1**, the model runner that vLLM uses on CPUs: streams of 500 tokens, {evictions} or more
-  evictions, and a re-anchoring where keys are rotated (with ALiBi they are not).
-- **V2**, the one it uses on GPUs, runs here under Triton's interpreter, which is slow: streams of
-  110 tokens, 3 to 7 evictions, a re-anchoring. Where it says *not run*, the parts that depend on
-  the model (rotations, page layouts) are the ones tested on V1, and the start-up self-test checks
-  them on the real model.
+Streams have 500 tokens, {evictions} or more evictions, and a re-anchoring where keys are rotated
+(with ALiBi they are not); the same ones on both of vLLM's model runners:
+
+- **V1**, which vLLM uses on CPUs;
+- **V2**, which it uses on GPUs, here under Triton's interpreter.
 """
 REFUSED_HEAD = """
 ## Refused
@@ -59,8 +58,10 @@ FlashAttention, FlashInfer, Triton and FlexAttention, with fp8 too (`tests/test_
 
 With `--kv-cache-dtype fp8` a key is rounded to 3 bits again whenever it is rotated: once for sinks,
 which are always rotated from the originals, and at every re-anchoring for the window. Keys beyond
-the range of the format become its largest numbers. Whole streams with fp8 have not been compared
-with anything: vLLM's CPU kernels for it need AVX-512 or AMX, which the machines used so far lack.
+the range of the format become its largest numbers. Pages of vLLM's CPU attention in fp8 are moved
+in both of its packings (`tests/test_fp8_cpu.py`), but whole streams with fp8 have not been compared
+with anything: its kernels need AVX-512 or AMX, which the machines used so far lack. Where they run,
+the start-up self-test decides, as everywhere.
 
 What an eviction costs on a GPU, against the bandwidth of the memory, is one command away:
 
@@ -85,7 +86,7 @@ def markdown() -> str:
 
 
 def _tested(family: Family) -> str:
-    v2 = "exact" if family.v2 else "not run"
+    v2 = f"not run: {family.not_on_v2}" if family.not_on_v2 else "exact"
     return (
         f"| {family.name} | `{family.model}Config` | {family.special} | {family.backend} | "
         f"exact | {v2} |"

@@ -10,7 +10,7 @@ log-perplexity between two arms with a 95% confidence interval over the texts.
 - ``capacity``: caches of different sizes with 4 sink tokens (Table 6).
 - ``stride``: tokens evicted at once, from one page to the window, in the same capacity (the window
   pays) and with the same window (the memory pays).
-- ``dtype``: float32 and bfloat16. The policy refuses quantised caches, so there is no fp8 row.
+- ``dtype``: float32 and bfloat16. vLLM's CPU kernels for fp8 caches need AVX-512 or AMX: no row.
 """
 
 import argparse
