@@ -91,7 +91,7 @@ def commit() -> str:
 
 def relative(value: Any) -> Any:
     """Paths inside the repository without the machine's part."""
-    return str(value).replace(f"{ROOT}/", "") if isinstance(value, Path) else value
+    return str(value).replace(f"{ROOT}/", "") if isinstance(value, Path | str) else value
 
 
 def relative_words(words: Sequence[str]) -> list[str]:
