@@ -21,6 +21,7 @@ from sink_vllm.frontend import engine_args as ours
 from sink_vllm.frontend.shipping import ShippedConfig
 from sink_vllm.plugin import register
 from sink_vllm.schedule import Schedule
+from tests.test_fp8_cpu import HAS_KERNELS
 
 TRAINED = 512
 LLAMA: dict[str, Any] = {
@@ -367,7 +368,11 @@ def test_rope_scalings_that_are_accepted(tmp_path: Path, rope: dict[str, Any]) -
     facts = facts_of(build(path))
 
     assert facts.rope_types == (rope["rope_type"],)
-    assert facts == Facts(rope_types=facts.rope_types, kv_cache_dtype=facts.kv_cache_dtype)
+    assert facts == Facts(
+        rope_types=facts.rope_types,
+        kv_cache_dtype=facts.kv_cache_dtype,
+        cpu_has_fp8_kernels=HAS_KERNELS,
+    )
 
 
 def test_guard_create_engine_config_is_what_we_rely_on() -> None:
@@ -388,4 +393,6 @@ def test_guard_facts_read_settings_that_exist(model: str) -> None:
     config = build(model, {})
 
     assert set(model_facts(config.model_config)) < set(Facts.__dataclass_fields__)
-    assert facts_of(config) == Facts(kv_cache_dtype=config.cache_config.cache_dtype)
+    assert facts_of(config) == Facts(
+        kv_cache_dtype=config.cache_config.cache_dtype, cpu_has_fp8_kernels=HAS_KERNELS
+    )
