@@ -95,7 +95,7 @@ def relative(value: Any) -> Any:
 
 
 def relative_words(words: Sequence[str]) -> list[str]:
-    return [word.replace(f"{ROOT}/", "") for word in words]
+    return [relative(word) for word in words]
 
 
 def describe(values: Sequence[float]) -> dict[str, float]:

@@ -7,8 +7,8 @@ real tokens of Python source, one per engine step. The arms are vLLM's own proce
 the policy's. On the way to the late position tokens come in larger steps, which is faster and not
 timed. Per arm and position: microseconds per token, and the memory the process has gained.
 
-vLLM's own processor copies all of the text for every token, so the way there takes it hours; it is
-measured up to ``--stock-characters``.
+vLLM's own processor copies all of the text for every token, so the way there takes it very long; it
+is measured up to ``--stock-characters``.
 """
 
 import argparse

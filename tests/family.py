@@ -42,8 +42,6 @@ class Family:
     """Scale of the weights of layers; more where the embedding outweighs them and tokens repeat."""
     quick: bool = False
     """Whether it is tested by default, for all that is like it."""
-    not_on_v2: str = ""
-    """Why it is not tested on the V2 model runner, too."""
 
     @property
     def architecture(self) -> str:

@@ -21,7 +21,7 @@ from sink_vllm.frontend import engine_args as ours
 from sink_vllm.frontend.shipping import ShippedConfig
 from sink_vllm.plugin import register
 from sink_vllm.schedule import Schedule
-from tests.test_fp8_cpu import HAS_KERNELS
+from tests.fp8 import HAS_KERNELS
 
 TRAINED = 512
 LLAMA: dict[str, Any] = {

@@ -190,9 +190,7 @@ def test_v2_min_tokens_counts_evicted_tokens(sync: Ran) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", [one for one in FAMILIES if not one.not_on_v2], ids=lambda one: one.slug
-)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.slug)
 def test_v2_family_streams_exactly(family: Family, tmp_path: Path) -> None:
     """What every family is held to on V1 (``tests.test_models``), on this runner."""
     folder = write_family(tmp_path, family)

@@ -87,6 +87,10 @@ class KeyPages(ABC):
             parts: ``[n, layers, heads * tokens * head_size]``.
             rotate: rotates float32 ``[n, layers, tokens, heads, head_size]``, of any strides, in
                 place.
+
+        Raises:
+            NotImplementedError: ``key_part`` is ``None`` in this layout, so there is nothing to
+                rotate; nobody who asked that first gets here.
         """
         raise NotImplementedError
 

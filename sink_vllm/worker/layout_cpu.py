@@ -102,7 +102,7 @@ class CPUKeyPages(KeyPages):
         keys = self._key_in_half.read(parts, self._heads, 0, self._tokens).view(self._dtype)
         exact = keys.to(torch.float32)  # the same memory if it is float32 already
         rotate(exact)
-        if keys.dtype != torch.float32:
+        if exact is not keys:
             keys.copy_(within_range(exact, self._dtype))
 
     def _learn(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
