@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-ray fuzz quality quality-full bench bench-full lint format clean
+.PHONY: help install demo test test-all test-fast test-ray fuzz quality quality-full bench bench-full bench-gpu lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -49,6 +49,9 @@ bench: $(STAMP) ## throughput of many streams beside its peers, short; ends with
 
 bench-full: $(STAMP) ## all throughput benchmarks; hours (ARGS="--scenarios streams memory")
 	@$(BIN)/python -m benchmarks.serving.run $(ARGS)
+
+bench-gpu: $(STAMP) ## what only a GPU shows: its tests, evictions, attention (needs DEVICE=gpu)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check

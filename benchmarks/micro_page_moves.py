@@ -26,7 +26,7 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from benchmarks.common import Results, default_name
-from benchmarks.gpu_page_moves import moves_of_one_eviction
+from benchmarks.gpu.pages import moves_of_one_eviction
 from benchmarks.paged_layers import PagedLayers
 from sink_vllm.plan import PageMove
 from sink_vllm.worker.page_moves import PageMover

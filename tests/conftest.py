@@ -35,3 +35,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
         return folders[key]
 
     return folder_of
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    import torch  # not before the environment is set
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")

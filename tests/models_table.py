@@ -48,7 +48,8 @@ model computes with those that moving a page makes of them.
 `tests/oracle_dense.py` computes a whole stream in one dense pass, with xformers' attention biases
 (`BlockDiagonalCausalFromBottomRightMask`) saying which keys a query may see; the engine's
 log-probabilities agree with it, too (`tests/test_xformers.py`, Llama). Those biases are Python and
-run anywhere; xformers' memory-efficient attention has no kernels for CPUs and is not used.
+run anywhere. xformers' memory-efficient attention has no kernels for CPUs; on a GPU it is the
+baseline of `benchmarks/gpu/attention.py`, which also runs torch's.
 
 ## GPUs
 
@@ -63,9 +64,18 @@ in both of its packings (`tests/test_fp8_cpu.py`), but whole streams with fp8 ha
 with anything: its kernels need AVX-512 or AMX, which the machines used so far lack. Where they run,
 the start-up self-test decides, as everywhere.
 
-What an eviction costs on a GPU, against the bandwidth of the memory, is one command away:
+One command does all of it on a GPU and leaves the raw output in `benchmarks/results/`:
 
-    python -m benchmarks.gpu_page_moves [--dtype fp8]
+    make bench-gpu DEVICE=gpu
+
+- the tests marked `gpu`: page moves in every layout and dtype on the GPU's memory, vLLM's
+  cache-write op, and streams through both model runners, with and without CUDA graphs, against
+  token-by-token StreamingLLM; in bfloat16 and fp8 that rounding does not build up (in bfloat16
+  that test runs on CPUs, too);
+- milliseconds of an eviction for 32 layers of 8 KV heads of 128 with 4 and 1,024 sink tokens,
+  against the bandwidth of the memory;
+- xformers' and torch's attention over the same cache, with keys rotated once and with keys rotated
+  at every read, as StreamingLLM was published.
 """
 EVICTIONS = 10
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, SlidingWindowSpec
 
-from benchmarks.gpu_page_moves import Backend
+from benchmarks.gpu.pages import Backend
 from sink_vllm.config import SinkConfig, SinkOptions
 from sink_vllm.scheduler.manager import StreamingLLMManager
 from sink_vllm.scheduler.spec import StreamingLLMSpec, StreamingLLMWindowSpec, under_policy

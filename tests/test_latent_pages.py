@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.gpu.attn_utils import allocate_kv_cache
 
-from benchmarks.gpu_page_moves import Backend
+from benchmarks.gpu.pages import Backend
 from sink_vllm.plan import PageMove
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.layout_strided import LatentKeyPages

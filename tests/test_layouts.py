@@ -8,7 +8,6 @@ its source: the key, then the value.
 
 import importlib.util
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from benchmarks import gpu_page_moves
-from benchmarks.gpu_page_moves import Shape, attention_layers, moves_of_one_eviction
+from benchmarks.gpu.pages import Shape, attention_layers, moves_of_one_eviction
 from sink_vllm.plan import PageMove
+from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_moves import PageMover
 from tests.fp8 import FP8, check_rounded_once
 
@@ -26,7 +25,14 @@ SHAPE = Shape(layers=3, kv_heads=2, head_size=32, block_size=16, dtype=torch.flo
 BLOCKS = 40
 CONTENT = 2 * SHAPE.head_size
 SINKS = (1, 4, 16, 21, 40)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = ("flash_attn", "flashinfer", "triton_attn", "flex_attention")
+
+
+def buffer_of(layers: list[AttentionLayer]) -> torch.Tensor:
+    """All numbers of the cache, in the order of memory."""
+    cache = layers[0].kv_cache
+    return torch.empty(0, dtype=cache.dtype, device=cache.device).set_(cache.untyped_storage())
 
 
 def by_letters(buffer: torch.Tensor, layout: KVCacheLayout) -> torch.Tensor:
@@ -63,13 +69,13 @@ def expected_after(moves: list[PageMove], before: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", list(KVCacheLayout), ids=lambda layout: layout.name)
 @pytest.mark.parametrize("sinks", SINKS)
-def test_an_eviction_in_every_layout(layout: KVCacheLayout, sinks: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_eviction_in_every_layout(device: str, layout: KVCacheLayout, sinks: int) -> None:
     """One batch of evictions changes the numbers it should, and no other number of the buffer."""
-    layers = attention_layers(SHAPE, torch.device("cpu"), BLOCKS, layout)
-    storage = layers[0].kv_cache.untyped_storage()
-    buffer = torch.empty(0, dtype=SHAPE.dtype).set_(storage)
+    layers = attention_layers(SHAPE, torch.device(device), BLOCKS, layout)
+    buffer = buffer_of(layers)
     buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(sinks)))
-    before = by_letters(buffer, layout).clone()
+    before = by_letters(buffer, layout).clone().cpu()
     random.seed(sinks)
     take = iter(random.sample(range(BLOCKS), BLOCKS)).__next__
     moves = [m for _ in range(3) for m in moves_of_one_eviction(SHAPE.block_size, sinks, take)]
@@ -77,7 +83,7 @@ def test_an_eviction_in_every_layout(layout: KVCacheLayout, sinks: int) -> None:
 
     PageMover(layers, SHAPE.block_size).run(moves)
 
-    after = by_letters(buffer, layout)
+    after = by_letters(buffer, layout).cpu()
     expected = expected_after(moves, before)
     changed = sorted({move.dst for move in moves})
     assert len(changed) == 3 * -(-sinks // SHAPE.block_size)
@@ -89,17 +95,18 @@ def test_an_eviction_in_every_layout(layout: KVCacheLayout, sinks: int) -> None:
 
 @pytest.mark.parametrize("layout", list(KVCacheLayout), ids=lambda layout: layout.name)
 @pytest.mark.parametrize("sinks", SINKS)
-def test_an_eviction_of_fp8_keys(layout: KVCacheLayout, sinks: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_eviction_of_fp8_keys(device: str, layout: KVCacheLayout, sinks: int) -> None:
     """Keys are decoded, rotated and rounded once, values and everything else keep their bits."""
     shape = replace(SHAPE, dtype=torch.uint8)
-    layers = attention_layers(shape, torch.device("cpu"), BLOCKS, layout)
-    buffer = torch.empty(0, dtype=torch.uint8).set_(layers[0].kv_cache.untyped_storage())
+    layers = attention_layers(shape, torch.device(device), BLOCKS, layout)
+    buffer = buffer_of(layers)
     numbers = torch.randn(buffer.shape, generator=torch.Generator().manual_seed(sinks))
     # Some of them at the end of the range, where a rotation leads beyond it.
     stored = (numbers * 300).clamp(-FP8.max, FP8.max).to(torch.float8_e4m3fn)
     buffer.copy_(stored.view(torch.uint8))
-    before = by_letters(buffer.view(torch.float8_e4m3fn).float(), layout)
-    bits = by_letters(buffer, layout).clone()
+    before = by_letters(buffer.view(torch.float8_e4m3fn).float(), layout).cpu()
+    bits = by_letters(buffer, layout).clone().cpu()
     random.seed(sinks)
     take = iter(random.sample(range(BLOCKS), BLOCKS)).__next__
     moves = [m for _ in range(3) for m in moves_of_one_eviction(SHAPE.block_size, sinks, take)]
@@ -107,8 +114,8 @@ def test_an_eviction_of_fp8_keys(layout: KVCacheLayout, sinks: int) -> None:
 
     PageMover(layers, SHAPE.block_size).run(moves)
 
-    after_bits = by_letters(buffer, layout)
-    after = by_letters(buffer.view(torch.float8_e4m3fn).float(), layout)
+    after_bits = by_letters(buffer, layout).cpu()
+    after = by_letters(buffer.view(torch.float8_e4m3fn).float(), layout).cpu()
     exact = expected_after(moves, before)
     assert (exact.abs() > FP8.max).any()
     expected = check_rounded_once(after, exact)
@@ -117,20 +124,6 @@ def test_an_eviction_of_fp8_keys(layout: KVCacheLayout, sinks: int) -> None:
     untouched = [b for b in range(BLOCKS) if b not in {move.dst for move in moves}]
     assert torch.equal(after_bits[:, untouched], bits[:, untouched])
     assert not torch.equal(after_bits, bits)
-
-
-def test_the_gpu_benchmark_runs_without_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A smoke test on the CPU: both numbers of sinks are measured against the floor."""
-    arguments = ["--device", "cpu", "--repeats", "1", "--streams", "1"]
-    monkeypatch.setattr(sys, "argv", ["gpu_page_moves", *arguments])
-
-    gpu_page_moves.main()
-
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows] == [str(sinks) for sinks in gpu_page_moves.SINKS]
-    assert all(float(row[3]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,38 +1,31 @@
 """vLLM's V2 model runner, the default on GPUs, gives the streams of the V1 runner.
 
-One engine per way of scheduling, each in a process of its own (see ``tests/v2_engine.py``). Its
+One engine per way of scheduling, each in a process of its own (see ``tests/runner_engine.py``). Its
 kernels are interpreted, at some 60 tokens per second, so streams are short and the cache is
 small. What both runners must do for CUDA graphs, never to move the buffers a model reads, is
 tested on both of them here.
 """
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import test_models as models
-from tests.conftest import ENVIRONMENT, ModelFactory
-from tests.engine import Generated, Policy, running_engine
+from tests.conftest import ModelFactory
+from tests.engine import Policy, running_engine
 from tests.families import FAMILIES
 from tests.family import Family, write_family
 from tests.judge import judge, random_tokens
 from tests.oracle import Oracle
 from tests.oracle_hf import HFOracle
 from tests.positions_seen import PositionsSeen, watch_positions
+from tests.runner_job import INTERPRETED_V2, Batch, Ran, run_job
 from tests.tiny_models import EOS, TinyLlama
-from tests.v2_engine import ENVIRONMENT as V2_ENVIRONMENT
 
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = TinyLlama(max_positions=128, layers=2)
 POLICY = Policy(5, 27, 32)  # C = 64
 TABLE_ROWS = 4 * POLICY.capacity  # what a table of 128 rows is lengthened to
@@ -48,14 +41,6 @@ EAGER_TO_STOP: dict[str, Any] = GREEDY | {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    prompts: list[list[int]]
-    params: list[dict[str, Any]]
-    flat: bool = False
-    """From this batch on all tokens are equally likely: noise decides."""
-
-
 NOISE_LENGTHS = [20, 30, 100]
 BATCHES = [
     Batch(PROMPTS, [GREEDY] * len(PROMPTS)),
@@ -65,51 +50,9 @@ BATCHES = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    scheduler: str
-    runner: str
-    batches: list[list[Generated]]
-    num_poisoned: int
-    model: str
-    """Class of the model code."""
-    still: list[bool]
-    """Layer by layer: its keys do not depend on the position."""
-    positions: PositionsSeen
-
-
-def run_v2(
-    model: Path,
-    batches: Sequence[Batch],
-    policy: Policy = POLICY,
-    *,
-    watch: bool = True,
-    **engine: Any,
-) -> Ran:
-    """Run batches on the V2 runner, in a process of its own.
-
-    With ``watch`` the positions of all steps are noted; the model must have one rotary table.
-    """
-    job = {
-        "model": str(model),
-        "policy": {"S": policy.S, "W": policy.W, "g": policy.g},
-        "engine": {"max_num_batched_tokens": 100, **engine},
-        "batches": [dataclasses.asdict(batch) for batch in batches],
-        "watch": watch,
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.v2_engine"],
-        input=json.dumps(job),
-        env=os.environ | ENVIRONMENT | V2_ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    result["batches"] = [[Generated(**one) for one in batch] for batch in result["batches"]]
-    return Ran(**result | {"positions": PositionsSeen(**result["positions"])})
+def run_v2(model: Path, batches: Sequence[Batch], policy: Policy = POLICY, **job: Any) -> Ran:
+    """Run batches on the V2 runner, interpreted, in a process of its own."""
+    return run_job(model, batches, policy, INTERPRETED_V2, **job)
 
 
 @pytest.fixture(scope="module")

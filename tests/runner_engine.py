@@ -1,23 +1,18 @@
-"""Runs a job on vLLM's V2 model runner, on the CPU: ``python -m tests.v2_engine < job.json``.
+"""Runs a job of ``tests/runner_job.py``: ``python -m tests.runner_engine < job.json``.
 
-The V2 runner's kernels are written in Triton, which has no CPU backend. Under Triton's
-interpreter they run anyway, once Triton reports *some* active backend; so this has to be a
-process of its own, with ``ENVIRONMENT`` set before it starts and a stand-in backend registered
-before vLLM is imported. The last line of the output is the result, as JSON.
+The kernels of vLLM's V2 model runner are written in Triton, which has no CPU backend. Under
+Triton's interpreter they run anyway, once Triton reports *some* active backend; so this has to be a
+process of its own, with ``INTERPRETED_V2`` in its environment before it starts and a stand-in
+backend registered before vLLM is imported. On a GPU both runners need neither. The last line of
+the output is the result, as JSON.
 """
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
-
-ENVIRONMENT = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    # Some model classes compile their norms; Inductor would ask the stand-in for more.
-    "TORCHDYNAMO_DISABLE": "1",
-}
 
 
 class _StandInDriver:
@@ -87,7 +82,8 @@ def _with_int_keys(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    register_stand_in_backend()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        register_stand_in_backend()
     job = json.load(sys.stdin)
     if job["engine"].get("async_scheduling"):
         switch_async_scheduling_on()
