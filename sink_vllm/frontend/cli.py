@@ -66,8 +66,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "choices": PROMPT_MODES,
         "help": "What happens to a prompt longer than the cache. 'stream' computes every token "
         "of it, evicting on the way. 'truncate' skips computing the tokens that would be "
-        "evicted: faster, and the tokens that are kept have not seen the skipped ones. "
-        "Default: stream.",
+        "evicted: faster, and the tokens that are kept have not seen the skipped ones. A "
+        "conversation whose pages are still in the prefix cache goes on from them in both, so "
+        "with 'truncate' an answer may depend on what is cached. Default: stream.",
     },
     "sink_pin": {
         "choices": PIN_MODES,
