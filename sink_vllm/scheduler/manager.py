@@ -17,6 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from sink_vllm.plan import PageMove
 from sink_vllm.schedule import EvictionPages, RopeAnchors, Schedule
+from sink_vllm.scheduler.dropped import CopiedPages, DroppedPages
 from sink_vllm.scheduler.page_change import ALL_PAGES, PageChange, move_of
 from sink_vllm.scheduler.spec import StreamingLLMSpec
 
@@ -41,6 +42,8 @@ class StreamingLLMManager(FullAttentionManager):
         """Pinned pages with the sinks' keys as first computed, per request that has evicted."""
         self.lookup_groups = [self.kv_cache_group_id]
         """KV cache groups that must all have a page for the prefix cache to have it."""
+        self.dropped = DroppedPages(self.block_pool)
+        self._copied = CopiedPages()
 
     # -- eviction ---------------------------------------------------------------------------
 
@@ -91,6 +94,7 @@ class StreamingLLMManager(FullAttentionManager):
                 copies.add(block.block_id)
 
         self.block_pool.free_blocks(reversed(freed))
+        self.dropped.add([*self._copied.dropped(request_id), *reversed(freed)])
         heads = self.block_pool.get_new_blocks(new_heads) if first else table[: pages.sink_full]
         if first:
             self.sink_pages[request_id] = sources
@@ -102,6 +106,7 @@ class StreamingLLMManager(FullAttentionManager):
                 target = self.block_pool.get_new_blocks(1)[0]
                 kept[index] = target
                 retained.append(block)
+                self._copied.add(request_id, block, index // pages.dropped + 1)
             elif block.block_hash is not None:
                 self.block_pool.evict_blocks({block.block_id})
             begin = pages.border_sinks if index == 0 else 0
@@ -240,6 +245,7 @@ class StreamingLLMManager(FullAttentionManager):
             if copied[index]:
                 target = next(new)
                 retained.append(block)
+                self._copied.add(request_id, block, index // pages.dropped + 1)
                 begin = pages.border_sinks if index == 0 else 0
                 moves.append(move_of(self, block, target, begin, self.block_size, deltas[index]))
             table.append(target)
@@ -293,4 +299,5 @@ class StreamingLLMManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The pages of a request that ends or is preempted: sink pages first, then the table."""
+        self._copied.forget(request_id)
         return [*self.sink_pages.pop(request_id, ()), *super().pop_blocks_for_free(request_id)]
