@@ -1,6 +1,6 @@
 """Question: what does a dedicated sink token in every training sample change (paper, Table 3)?
 
-    train="python -m examples.train_model.train --float32 --layers 4 --steps 1000"
+    train="python -m examples.train_model.train --float32 --batch 8 --steps 4000"   # 90 minutes
     $train --out out/with
     $train --out out/without --no-sink-token
     python -m benchmarks.quality.sink_token --name NAME --with FOLDER --without FOLDER
