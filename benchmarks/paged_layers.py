@@ -24,16 +24,9 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheLayout,
-    KVCacheTensor,
-    compute_layout_strides,
-)
-from vllm.v1.worker.utils import allocate_kv_cache
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
+from benchmarks.kv_buffer import kv_caches
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.rotation import Rotation
 
@@ -124,22 +117,10 @@ class PagedLayers:
             head_size=self.head_size,
             dtype=kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, self.config.model_config),
         )
-        layer_stride, block_stride, *_ = compute_layout_strides(
-            spec, self.blocks, self.layers, self.layout
+        device = torch.device("cpu")
+        views = kv_caches(
+            spec, self.names, self.blocks, self.layout, device, self.kernel_block_size
         )
-        tensor = KVCacheTensor(
-            size=spec.page_size_bytes * self.blocks * self.layers,
-            layers=self.names,
-            layer_stride=layer_stride,
-            block_stride=block_stride,
-        )
-        config = KVCacheConfig(
-            num_blocks=self.blocks,
-            kv_cache_tensors=[tensor],
-            kv_cache_groups=[KVCacheGroupSpec(self.names, spec)],
-        )
-        sizes = None if self.kernel_block_size is None else [self.kernel_block_size]
-        views = allocate_kv_cache(config, torch.device("cpu"), self.layout, sizes)
         for name, module in zip(self.names, self.modules, strict=True):
             module.bind_kv_cache(views[name])
 

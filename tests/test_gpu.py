@@ -5,6 +5,7 @@ Page moves on a GPU's memory are in ``tests/test_layouts.py``. All of it is one 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -150,11 +151,11 @@ def test_the_command_runs_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A smoke test on the CPU, with a small model: everything is measured, or says why not."""
-    small = Shape(layers=2, kv_heads=2, head_size=32)
+    small = partial(Shape, layers=2, kv_heads=2, head_size=32)
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--no-tests", "--repeats", "1"])
     monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
     for module in (evictions, attention):
-        monkeypatch.setattr(module, "Shape", lambda **dtype: Shape(**_sizes(small) | dtype))
+        monkeypatch.setattr(module, "Shape", small)
 
     assert command.main() == 0
 
@@ -167,10 +168,6 @@ def test_the_command_runs_without_a_gpu(
     (folder,) = tmp_path.iterdir()
     assert {file.name for file in folder.iterdir()} == {"meta.json", "rows.jsonl", "summary.json"}
     assert not (RESULTS / folder.name).exists()
-
-
-def _sizes(shape: Shape) -> dict[str, int]:
-    return {name: getattr(shape, name) for name in ("layers", "kv_heads", "head_size")}
 
 
 @torch.inference_mode()

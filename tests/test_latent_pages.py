@@ -15,17 +15,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
-from vllm.v1.kv_cache_interface import (
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheLayout,
-    KVCacheTensor,
-    MLAAttentionSpec,
-    compute_layout_strides,
-)
-from vllm.v1.worker.gpu.attn_utils import allocate_kv_cache
+from vllm.v1.kv_cache_interface import KVCacheLayout, MLAAttentionSpec
 
 from benchmarks.gpu.pages import Backend
+from benchmarks.kv_buffer import kv_caches
 from sink_vllm.plan import PageMove
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.layout_strided import LatentKeyPages
@@ -67,15 +60,7 @@ def latent_layers(layout: KVCacheLayout, rotary: Any) -> list[AttentionLayer]:
         block_size=BLOCK, num_kv_heads=1, head_size=LATENT + ROTATED, dtype=torch.float32
     )
     names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
-    layer_stride, block_stride, *_ = compute_layout_strides(spec, BLOCKS, LAYERS, layout)
-    tensor = KVCacheTensor(
-        size=spec.page_size_bytes * BLOCKS * LAYERS,
-        layers=names,
-        layer_stride=layer_stride,
-        block_stride=block_stride,
-    )
-    config = KVCacheConfig(BLOCKS, [tensor], [KVCacheGroupSpec(names, spec)])
-    views = allocate_kv_cache(config, torch.device("cpu"), layout, None)
+    views = kv_caches(spec, names, BLOCKS, layout, torch.device("cpu"))
     rotation = Rotation(rotary, names[0])
     known = {"kv_lora_rank": LATENT, "qk_rope_head_dim": ROTATED, "attn_backend": Backend()}
     return [

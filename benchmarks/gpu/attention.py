@@ -62,9 +62,8 @@ class DecodeStep:
         def normal(*sizes: int) -> Tensor:
             return torch.randn(sizes, generator=noise, device=device).to(shape.dtype)
 
-        self.shape = shape
         self.query = normal(streams, 1, heads, QUERIES_PER_HEAD, size)
-        # One buffer per layer: in one for all, the second-level cache would hold it.
+        # Every layer has its own: if all shared one, the second-level cache would hold it.
         self.unrotated = [normal(streams, capacity, heads, size) for _ in range(shape.layers)]
         self.values = [normal(streams, capacity, heads, size) for _ in range(shape.layers)]
         self.positions = torch.arange(capacity, device=device).repeat(streams)

@@ -10,16 +10,9 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheLayout,
-    KVCacheTensor,
-    compute_layout_strides,
-)
-from vllm.v1.worker.utils import allocate_kv_cache
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
+from benchmarks.kv_buffer import kv_caches
 from sink_vllm.plan import PageMove
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.rotation import Rotation
@@ -78,20 +71,7 @@ def attention_layers(
         dtype=shape.dtype,
     )
     names = [f"model.layers.{i}.self_attn.attn" for i in range(shape.layers)]
-    layer_stride, block_stride, *_ = compute_layout_strides(spec, blocks, shape.layers, layout)
-    config = KVCacheConfig(
-        num_blocks=blocks,
-        kv_cache_tensors=[
-            KVCacheTensor(
-                size=spec.page_size_bytes * blocks * shape.layers,
-                layers=names,
-                layer_stride=layer_stride,
-                block_stride=block_stride,
-            )
-        ],
-        kv_cache_groups=[KVCacheGroupSpec(names, spec)],
-    )
-    views = allocate_kv_cache(config, device, layout, None)
+    views = kv_caches(spec, names, blocks, layout, device)
     rotation = Rotation(rotary_of(shape, device), names[0])
     known: dict[str, Any] = {
         "num_kv_heads": shape.kv_heads,

@@ -28,11 +28,10 @@ class PageTables:
         first.lookup_groups = [one.kv_cache_group_id for one in self.full]
         self.spec, self.anchors = first.spec, first.anchors
         self.block_size, self.block_pool = first.block_size, first.block_pool
-        self.dropped = first.dropped
-        for full in self.full:
-            full.dropped = self.dropped  # they share the pool
-        for window in self.windowed:
-            window.dropped = self.dropped
+        everyone: list[StreamingLLMManager | StreamingLLMWindowManager]
+        everyone = [*self.full, *self.windowed]
+        for one in everyone:
+            one.dropped = first.dropped  # they share the pool
         self._first = first
 
     def evict(
