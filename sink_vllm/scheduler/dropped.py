@@ -18,6 +18,9 @@ class DroppedPages:
     conversations, system prompts. Yet nobody asks for its dropped pages except who resends the
     stream cut off there. So there may be a number of them; beyond that, those dropped first are
     reused before anything else, and the stream lives on its own pages.
+
+    Windowed layers with tables of their own are not part of this: a page that has just left their
+    native window is one the stream is resumed from.
     """
 
     def __init__(self, block_pool: BlockPool) -> None:

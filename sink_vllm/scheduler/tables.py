@@ -28,10 +28,8 @@ class PageTables:
         first.lookup_groups = [one.kv_cache_group_id for one in self.full]
         self.spec, self.anchors = first.spec, first.anchors
         self.block_size, self.block_pool = first.block_size, first.block_pool
-        everyone: list[StreamingLLMManager | StreamingLLMWindowManager]
-        everyone = [*self.full, *self.windowed]
-        for one in everyone:
-            one.dropped = first.dropped  # they share the pool
+        for full in self.full:
+            full.dropped = first.dropped  # they share the pool
         self._first = first
 
     def evict(

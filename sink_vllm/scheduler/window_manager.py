@@ -6,37 +6,17 @@ reaches the sinks (``w <= W + 1``), so an eviction drops null entries, and no ke
 """
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
-from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
 from sink_vllm.schedule import Schedule, cdiv
-from sink_vllm.scheduler.dropped import DroppedPages
 from sink_vllm.scheduler.page_change import ALL_PAGES, PageChange, move_of
 
 
 class StreamingLLMWindowManager(SlidingWindowManager):
     """``SlidingWindowManager`` whose requests may drop ``g`` tokens before their window."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.dropped = DroppedPages(self.block_pool)
-
-    def remove_skipped_blocks(
-        self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
-    ) -> None:
-        """Note which pages leave the native window."""
-        table = self.req_to_blocks.get(request_id, [])
-        skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        end = min(skipped, len(table))
-        leaving: list[KVCacheBlock] = []
-        if end > 0 and not table[end - 1].is_null:  # in most steps no page leaves
-            leaving += takewhile(lambda block: not block.is_null, reversed(table[:end]))
-        super().remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
-        self.dropped.add(leaving)
 
     def evict(
         self, request_id: str, schedule: Schedule, window_delta: int, reserved: int
