@@ -8,7 +8,7 @@ installation, with ``--disable-log-stats`` too, and ``LLM`` does not load it.
 
 from typing import Any
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
@@ -21,6 +21,15 @@ COUNTERS = {  # field of StreamingLLMStats: (name without "_total", documentatio
     "tokens": ("evicted_tokens", "Tokens evicted from the KV cache."),
     "evictions": ("evictions", "Evictions of one stride."),
     "reanchorings": ("reanchorings", "Windows whose keys were rotated back to offset 0."),
+    "resumed": ("resumed_streams", "Long prompts resumed from cached pages."),
+}
+GAUGES = {  # field of StreamingLLMStats: (name, documentation)
+    "waiting_for_pages": ("waiting_for_pages", "Requests waiting because pages are short."),
+    "steps_stalled": (
+        "stalled_steps",
+        "Steps in a row in which nothing ran although a request waited; more than a few is a hang.",
+    ),
+    "residents": ("resident_streams", "Requests whose whole share of KV pages is reserved."),
 }
 LENGTH_BUCKETS = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]  # tokens
 
@@ -29,6 +38,7 @@ class StreamingLLMStatLogger(AggregateStatLoggerBase):
     """Adds up what the schedulers of all engines report, labelled like vLLM's own metrics."""
 
     counter: Any = Counter
+    gauge: Any = Gauge
     histogram: Any = Histogram
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
@@ -41,6 +51,16 @@ class StreamingLLMStatLogger(AggregateStatLoggerBase):
             )
             for index, by_field in self._counters.items():
                 by_field[field] = counter.labels(model_name, str(index))
+        self._gauges: dict[int, dict[str, Any]] = {index: {} for index in engine_indexes}
+        for field, (name, documentation) in GAUGES.items():
+            gauge = self.gauge(
+                NAMESPACE + name,
+                documentation,
+                multiprocess_mode="mostrecent",
+                labelnames=["model_name", "engine"],
+            )
+            for index, by_field in self._gauges.items():
+                by_field[field] = gauge.labels(model_name, str(index))
         lengths = self.histogram(
             NAMESPACE + "stream_tokens",
             "Length of finished streams: tokens of prompt and output.",
@@ -65,6 +85,8 @@ class StreamingLLMStatLogger(AggregateStatLoggerBase):
         for field, counter in self._counters[engine_idx].items():
             if value := getattr(stats, field):
                 counter.inc(value)
+        for field, gauge in self._gauges[engine_idx].items():
+            gauge.set(getattr(stats, field))
 
     def log_engine_initialized(self) -> None:
         """Nothing: the scheduler logs the policy when it starts."""

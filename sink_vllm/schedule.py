@@ -81,6 +81,11 @@ class EvictionPages:
         """Pages that hold sink tokens."""
         return self.sink_full + (self.border is not None)
 
+    @property
+    def num_border(self) -> int:
+        """Pages that hold sink tokens and window tokens: 0 or 1."""
+        return int(self.border is not None)
+
     @classmethod
     @functools.lru_cache(maxsize=256)
     def of(cls, schedule: Schedule, block_size: int) -> "EvictionPages":

@@ -13,8 +13,9 @@ Contract for the scheduler, in its ``make_stats``::
         self.step_stats.attach(stats)
         self.step_stats = StreamingLLMStats()
 
-The numbers are increments since the last ``make_stats``, like vLLM's prefix cache statistics:
-with several API servers each of them sees some of the steps, and Prometheus adds them up.
+Counters are increments since the last ``make_stats``, like vLLM's prefix cache statistics: with
+several API servers each of them sees some of the steps, and Prometheus adds them up. Gauges are
+as of the step.
 Imports neither torch nor vLLM.
 """
 
@@ -22,11 +23,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _PREFIX = "streaming_llm."
+GAUGES = ("waiting_for_pages", "steps_stalled", "residents")
 
 
 @dataclass(slots=True)
 class StreamingLLMStats:
-    """Increments since the last step that reported."""
+    """Increments since the last step that reported, and gauges of that step."""
 
     streams: int = 0
     """Streams that evicted for the first time."""
@@ -37,10 +39,23 @@ class StreamingLLMStats:
     reanchorings: int = 0
     """Times the keys of a whole window were rotated back."""
 
+    resumed: int = 0
+    """Long prompts that went on from cached pages past their first eviction."""
+    waiting_for_pages: int = 0
+    """Requests that wait because there are no pages for the first of them."""
+    steps_stalled: int = 0
+    """Steps in a row in which nothing ran although somebody waited."""
+    residents: int = 0
+    """Requests whose whole share of pages is reserved."""
+
     def attach(self, scheduler_stats: Any) -> None:
-        """Put the numbers that are not zero into vLLM's ``SchedulerStats``."""
+        """Put the gauges, and counters that are not zero, into vLLM's ``SchedulerStats``."""
         scheduler_stats.num_kv_fetch_reqs_by_stage.update(
-            {_PREFIX + name: value for name, value in asdict(self).items() if value}
+            {
+                _PREFIX + name: value
+                for name, value in asdict(self).items()
+                if value or name in GAUGES
+            }
         )
 
     @classmethod

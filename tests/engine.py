@@ -7,7 +7,6 @@ would survive. So a NaN in the output means that a page was read while it was fr
 """
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -259,35 +258,9 @@ def check_pages(engine: Engine) -> None:
     Raises:
         AssertionError: naming the pages that are lost, owned twice, or free but owned.
     """
-    pool = engine.pool
-    held = Counter(
-        block.block_id
-        for manager in engine.managers
-        for blocks in manager.req_to_blocks.values()
-        for block in blocks
-        if not block.is_null
-    )
-    pinned = Counter(
-        block.block_id
-        for manager in engine.managers
-        for blocks in getattr(manager, "sink_pages", {}).values()
-        for block in blocks
-    )
-    owners = held + pinned
-    free = [block.block_id for block in free_pages(pool)]
-    pages = {block.block_id: block for block in pool.blocks if not block.is_null}
-
-    assert len(free) == len(set(free)) == pool.get_num_free_blocks(), "free twice"
-    lost = set(pages) - set(free) - set(owners)
-    assert not lost, f"lost pages {sorted(lost)}"
-    both = set(free) & set(owners)
-    assert not both, f"free but owned {sorted(both)}"
-    wrong = {
-        page: (block.ref_cnt, owners[page])
-        for page, block in pages.items()
-        if block.ref_cnt != owners[page]
-    }
-    assert not wrong, f"page: (references, owners) {wrong}"
+    check = getattr(engine.scheduler, "check_integrity", None)
+    if check is not None:  # of the policy
+        check()
 
 
 def check_all_free(engine: Engine) -> None:

@@ -120,7 +120,7 @@ def test_windowed_layers_hold_their_window_only(tmp_path: Path) -> None:
                 held.extend(
                     (sum(not block.is_null for block in table), len(full.req_to_blocks[request]))
                     for request, table in one.req_to_blocks.items()
-                    if request in full.sink_pages
+                    if full.ledger.pinned(full.kv_cache_group_id, request)
                 )
 
         engine.after_step.append(count)
@@ -182,7 +182,7 @@ def test_preempted_streams_with_several_tables(tmp_path: Path) -> None:
     prompts = [random_tokens(length, length) for length in (20, 70, 100, 110, 120, 128)]
 
     with running_engine(folder, policy, num_gpu_blocks_override=42) as engine:
-        lives = live(engine, prompts)
+        lives = live(engine, prompts, reset_every=150)
         check_all_free(engine)
 
     check_lives(HFOracle(folder), policy, lives)

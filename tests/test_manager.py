@@ -20,7 +20,8 @@ from vllm.v1.request import Request
 from sink_vllm.config import SinkConfig
 from sink_vllm.plan import PageMove
 from sink_vllm.schedule import Schedule, cdiv, pages_per_stream
-from sink_vllm.scheduler import recycler
+from sink_vllm.scheduler import account
+from sink_vllm.scheduler.ledger import IntegrityError
 from sink_vllm.scheduler.manager import StreamingLLMManager
 from sink_vllm.scheduler.recycler import Recycler
 from sink_vllm.scheduler.spec import StreamingLLMSpec
@@ -44,6 +45,8 @@ class Pool:
     num_blocks: int
     caching: bool = True
     rows: int = 10_000
+    spare: int = 0
+    """Pages that may be spent in a step on keeping cached pages: nobody else needs them."""
     content: dict[int, list[Slot | None]] = field(default_factory=dict)
     evictions: int = 0
     reanchorings: int = 0
@@ -68,9 +71,11 @@ class Pool:
             kv_cache_group_id=0,
             scheduler_block_size=BLOCK,
         )
+        self.tables = PageTables([self.manager])
+        self.ledger = self.tables.ledger
         self.recycler = Recycler(
             SinkConfig(schedule=s, block_size=BLOCK),
-            PageTables([self.manager]),
+            self.tables,
             sha256 if self.caching else None,
         )
 
@@ -102,6 +107,9 @@ class Pool:
                 cycle = self.manager.anchors.reanchorings(self.schedule.evictions(first + BLOCK))
                 assert rope == first - cycle * span
 
+    def pinned(self, rid: str) -> list[int]:
+        return [block.block_id for block in self.ledger.pinned(0, rid) or ()]
+
     @property
     def num_free(self) -> int:
         return self.blocks.get_num_free_blocks()
@@ -116,14 +124,25 @@ class Run:
         # A prompt short enough to be seen at once; what follows comes in as outputs.
         self.tokens = tokens
         self.request = Request(rid, list(tokens), SamplingParams(max_tokens=10**9), None)
-        pool.recycler.open(self.request)
-        self.stream = pool.recycler.streams[rid]
+        self.stream = pool.recycler.prepare(self.request)
+        pool.recycler.open(self.request, self.stream)
         self.computed = 0
-        if hits and pool.recycler.unresolved:
-            self.resumed = pool.recycler.resume(self.request, 0)
-            if self.resumed:
-                self.computed = self.request.num_computed_tokens + self.stream.evicted
+        if hits and self.stream.prompt is not None:
+            pool.ledger.spare = pool.spare
+            found = pool.recycler.look_up(self.request)
+            self.resumed = found is not None
+            if found is not None:
+                before = pool.num_free
+                takes = pool.tables.pages_to_resume(self.stream.schedule, found)
+                cached = pool.recycler.show_resumed(self.request, found)
+                assert pool.num_free == before
+                self.request.num_computed_tokens = cached
+                pool.recycler.resume(self.request, found)
+                spent = pool.spare - pool.ledger.spare
+                assert pool.num_free == before - takes - spent
+                self.computed = cached + self.stream.evicted
                 self.settle()
+            pool.recycler.started(self.request, resumed=self.resumed)
         elif hits:
             (found,), length = pool.manager.find_longest_cache_hit(
                 self.request.block_hashes, len(tokens) - 1, [0], pool.blocks,
@@ -140,12 +159,14 @@ class Run:
     def settle(self) -> None:
         """Run the page moves of the step; the pages they read from stay pinned until then."""
         before = self.pool.num_free
-        self.pool.apply(self.pool.recycler.take_moves())
-        self.pool.recycler.release()
+        self.pool.apply(self.pool.ledger.take_moves())
+        self.pool.ledger.release()
+        self.pool.ledger.check_integrity()
         assert self.pool.num_free >= before
 
     def evict(self) -> bool:
         pool = self.pool
+        pool.ledger.spare = pool.spare
         if not pool.recycler.evict(self.request):
             return False
         pool.evictions, pool.reanchorings = (
@@ -211,18 +232,18 @@ def test_cache_content_follows_the_schedule(
         pool.check_hashed_pages()
     assert pool.evictions == 20
     assert pool.reanchorings >= 4
-    held = len(pool.table("a")) + len(pool.manager.sink_pages["a"])
+    held = len(pool.table("a")) + len(pool.pinned("a"))
     assert held <= pages
     assert pool.num_free + held == pages
     run.end()
     assert pool.num_free == pages
-    assert not pool.manager.sink_pages
+    pool.ledger.check_idle()
 
 
 def test_streams_with_the_same_start_share_their_sink_pages() -> None:
     """Two streams over one prompt: hits, copies instead of rewrites, and one pinned page."""
     schedule = Schedule(sink_tokens=5, window=9, stride=8)
-    pool = Pool(schedule, 60, rows=schedule.capacity + 24)
+    pool = Pool(schedule, 60, rows=schedule.capacity + 24, spare=20)
     prompt = list(range(18))
     first = Run(pool, "a", prompt)
     while first.computed < 18:
@@ -236,7 +257,7 @@ def test_streams_with_the_same_start_share_their_sink_pages() -> None:
         pool.check_hashed_pages()
     assert pool.evictions > 40
     assert pool.reanchorings >= 2
-    pinned = [[b.block_id for b in pool.manager.sink_pages[r]] for r in "ab"]
+    pinned = [pool.pinned(r) for r in "ab"]
     assert pinned[0] == pinned[1]
     assert not set(pool.table("a")) & set(pool.table("b"))
     third = Run(pool, "c", prompt, hits=True)
@@ -263,7 +284,7 @@ def test_shared_pages_without_room_to_copy_refuse_the_eviction() -> None:
     assert not first.evict()
     assert pool.table("a") == before
     assert pool.num_free == 0
-    assert "a" not in pool.manager.sink_pages
+    assert pool.ledger.pinned(0, "a") is None
     pool.blocks.free_blocks(taken)
     assert first.step()
     first.check()
@@ -272,18 +293,21 @@ def test_shared_pages_without_room_to_copy_refuse_the_eviction() -> None:
 
 @pytest.mark.parametrize(("sinks", "window", "stride"), GRID)
 @pytest.mark.parametrize("prompt_len", [37, 64, 90])
+@pytest.mark.parametrize("spare", [0, 50])
 def test_resume_is_what_streaming_leaves_behind(
-    sinks: int, window: int, stride: int, prompt_len: int
+    sinks: int, window: int, stride: int, prompt_len: int, spare: int
 ) -> None:
     """A prompt that was streamed before starts at a boundary near its end, from cached pages, with
-    the very cache content that streaming it again would give, and goes on like it."""
+    the very cache content that streaming it again would give, and goes on like it; with pages to
+    spare on copies of the cached ones, or in the cached ones themselves."""
     schedule = Schedule(sink_tokens=sinks, window=window, stride=stride)
-    pool = Pool(schedule, 120, rows=3 * schedule.capacity)
+    pool = Pool(schedule, 120, rows=3 * schedule.capacity, spare=50)
     tokens = list(range(prompt_len))
     first = Run(pool, "a", tokens)
     while first.computed < prompt_len + 5:
         assert first.step()
     first.end()
+    pool.spare = spare
     second = Run(pool, "b", tokens, hits=True)
     hasher = pool.recycler.hasher
     assert hasher is not None
@@ -306,7 +330,7 @@ def test_resume_is_what_streaming_leaves_behind(
 def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
     """Pages up to the first other token are found, and none with another salt or policy."""
     schedule = Schedule(sink_tokens=5, window=11, stride=8)
-    pool = Pool(schedule, 120)
+    pool = Pool(schedule, 120, spare=50)
     tokens = list(range(80))
     first = Run(pool, "a", tokens)
     while first.computed < 80:
@@ -322,7 +346,8 @@ def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
         )
         assert other.hasher is not None
         hashes = other.hasher.hashes(request, schedule, tokens)
-        return pool.manager.find_resume(schedule, hashes, (len(tokens) - 1) // BLOCK)
+        found = pool.tables.find_resume(schedule, hashes, (len(tokens) - 1) // BLOCK)
+        return None if found is None else found.end
 
     assert boundary(schedule, tokens, None) == 19
     assert boundary(schedule, [*tokens[:40], 999, *tokens[41:]], None) == 10
@@ -331,27 +356,64 @@ def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
     assert boundary(Schedule(sink_tokens=5, window=7, stride=12), tokens, None) is None
 
 
-def test_a_resumed_stream_leaves_the_pool_alone_when_pages_are_short() -> None:
-    """No room for head pages and the next stride: no hit, and every reference given back."""
-    schedule = Schedule(sink_tokens=8, window=8, stride=8)
-    pool = Pool(schedule, 40)
-    first = Run(pool, "a", list(range(60)))
-    while first.computed < 60:
-        assert first.step()
-    taken = pool.blocks.get_new_blocks(3)
-    # Leave only cached pages free: touching them for the hit uses them up.
-    rest = pool.num_free
-    second = Run(pool, "b", list(range(60)))
-    assert not pool.recycler.resume(second.request, rest)
-    assert pool.num_free == rest
-    assert "b" not in pool.manager.req_to_blocks
-    pool.blocks.free_blocks(taken)
+@pytest.mark.parametrize("sinks", [4, 5])
+def test_streams_in_lockstep_need_their_shares_and_no_page_more(sinks: int) -> None:
+    """Streams that begin alike evict in one step, all from pages they share: the last one to ask
+    changes the shared page itself, as all others have their copies planned."""
+    schedule = Schedule(sink_tokens=sinks, window=8 - sinks % 4, stride=4)
+    pages = pages_per_stream(schedule, BLOCK)
+    pool = Pool(schedule, 4 * pages + 1, rows=schedule.capacity + 8)
+    prompt = list(range(schedule.capacity))
+    runs = [Run(pool, "a", prompt)]
+    while runs[0].computed < len(prompt):
+        assert runs[0].step()
+    runs += [Run(pool, rid, prompt, hits=True) for rid in "bcd"]
+    for run in runs[1:]:
+        while run.computed < len(prompt):
+            assert run.step()
+
+    for _ in range(12):
+        for run in runs:
+            assert pool.recycler.is_full(run.request)
+            assert pool.recycler.evict(run.request)
+        runs[0].settle()
+        for run in runs:
+            while not pool.recycler.is_full(run.request):
+                assert run.step()
+            run.check()
+    assert pool.num_free == 3 * len(pool.pinned("a"))  # the sink pages are one copy
+    for run in runs:
+        run.end()
+    pool.ledger.check_idle()
+
+
+def test_the_ledger_names_a_page_and_both_numbers() -> None:
+    """Lost, owned twice, freed while owned: what the pool says and what the owners say."""
+    schedule = Schedule(sink_tokens=4, window=8, stride=4)
+    pool = Pool(schedule, 20)
+    run = Run(pool, "a", list(range(9)))
+    for _ in range(9):
+        assert run.step()
+    pool.ledger.check_integrity()
+    (lost,) = pool.blocks.get_new_blocks(1)
+    with pytest.raises(IntegrityError, match=f"page {lost.block_id}: 1 references, 0 owners"):
+        pool.ledger.check_integrity()
+    pool.blocks.free_blocks([lost])
+    table = pool.manager.req_to_blocks["a"]
+    table.append(table[0])
+    with pytest.raises(IntegrityError, match=f"page {table[0].block_id}: 1 references, 2 owners"):
+        pool.ledger.check_integrity()
+    table.pop()
+    with pytest.raises(IntegrityError, match=r"16 of 19 KV pages are free"):
+        pool.ledger.check_idle()
+    run.end()
+    pool.ledger.check_idle()
 
 
 def test_evictions_are_logged_once_in_a_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line per 1,000 evictions, however many streams make them."""
     logged: list[int] = []
-    monkeypatch.setattr(recycler.logger, "info", lambda _text, total, _open: logged.append(total))
+    monkeypatch.setattr(account.logger, "info", lambda _text, total, _open: logged.append(total))
     schedule = Schedule(sink_tokens=4, window=4, stride=4)
     run = Run(Pool(schedule, 20), "a", list(range(5)))
 

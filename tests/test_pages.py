@@ -169,7 +169,8 @@ def test_pages_per_stream_are_constant(roomy: tuple[Engine, Policy, Path]) -> No
 
     def count() -> None:
         for request_id, blocks in engine.manager.req_to_blocks.items():
-            held.append(len(blocks) + len(engine.manager.sink_pages.get(request_id, ())))
+            sinks = engine.scheduler.ledger.pinned(0, request_id) or ()
+            held.append(len(blocks) + len(sinks))
 
     engine.after_step.append(count)
     (result,) = engine.greedy([random_tokens(50, 0)], 2_000)
@@ -190,8 +191,9 @@ def test_streams_with_the_same_first_tokens_share_their_sink_pages(
     pinned: list[set[int]] = []
 
     def collect() -> None:
-        sinks = engine.manager.sink_pages.values()
-        if len(sinks) == len(prompts):
+        ledger = engine.scheduler.ledger
+        sinks = [ledger.pinned(0, request.request_id) for request in engine.scheduler.running]
+        if len(sinks) == len(prompts) and None not in sinks:
             pinned.append({block.block_id for blocks in sinks for block in blocks})
 
     engine.after_step.append(collect)

@@ -70,7 +70,10 @@ def test_a_pinned_instruction_is_followed(engine: Engine) -> None:
     pinned: list[tuple[list[int], torch.Tensor]] = []
 
     def remember() -> None:
-        for blocks in engine.manager.sink_pages.values():
+        for request in engine.scheduler.running:
+            blocks = engine.scheduler.ledger.pinned(0, request.request_id)
+            if not blocks:
+                continue
             pages = [block.block_id for block in blocks]
             pinned.append((pages, torch.stack([c[pages] for c in engine.runner.kv_caches])))
 

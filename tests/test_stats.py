@@ -19,9 +19,9 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from sink_vllm import metrics
 from sink_vllm.metrics import StreamingLLMStatLogger
-from sink_vllm.stats import StreamingLLMStats
+from sink_vllm.stats import GAUGES, StreamingLLMStats
 
-STATS = StreamingLLMStats(streams=1, tokens=96, evictions=3, reanchorings=2)
+STATS = StreamingLLMStats(streams=1, tokens=96, evictions=3, reanchorings=2, resumed=1)
 CONFIG: Any = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
 
 
@@ -61,12 +61,28 @@ def test_numbers_survive_the_wire_and_leave_no_trace() -> None:
     assert StreamingLLMStats.take(arrived) == StreamingLLMStats()
 
 
-def test_step_without_evictions_sends_nothing() -> None:
+def test_step_without_evictions_sends_gauges_only() -> None:
     scheduler_stats = SchedulerStats()
 
     StreamingLLMStats().attach(scheduler_stats)
 
+    assert len(scheduler_stats.num_kv_fetch_reqs_by_stage) == len(GAUGES)
+    assert StreamingLLMStats.take(scheduler_stats) == StreamingLLMStats()
     assert scheduler_stats == SchedulerStats()
+
+
+def test_gauges_are_those_of_the_last_step() -> None:
+    """They go up and down, and a step without events says so too."""
+    logger = StreamingLLMStatLogger(CONFIG, [0])
+    for waiting, stalled, residents in ((3, 7, 2), (0, 0, 1)):
+        gauges = StreamingLLMStats(
+            waiting_for_pages=waiting, steps_stalled=stalled, residents=residents
+        )
+        logger.record(step(gauges), None)
+
+        assert counted("sink_vllm:waiting_for_pages", 0) == waiting
+        assert counted("sink_vllm:stalled_steps", 0) == stalled
+        assert counted("sink_vllm:resident_streams", 0) == residents
 
 
 def test_counters_add_up_per_engine() -> None:
@@ -94,7 +110,7 @@ _API_SERVER = """
 from types import SimpleNamespace
 from vllm.v1.metrics.stats import SchedulerStats
 from sink_vllm.metrics import StreamingLLMStatLogger
-from sink_vllm.stats import StreamingLLMStats
+from sink_vllm.stats import GAUGES, StreamingLLMStats
 
 config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
 stats = SchedulerStats()

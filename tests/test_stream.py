@@ -1,12 +1,14 @@
 """Surgery on vLLM's ``Request``: what a compacted request looks like, token by token."""
 
 import random
+from array import array
 
 import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from sink_vllm.schedule import Schedule
+from sink_vllm.scheduler.pending import PendingTokens
 from sink_vllm.scheduler.stream import Stream, compact, show
 
 GRID = [
@@ -20,16 +22,15 @@ GRID = [
 
 def open_stream(request: Request, schedule: Schedule, mode: str) -> Stream:
     """What the recycler does with a prompt longer than the capacity."""
-    stream, limit = Stream(schedule), schedule.capacity + 1
-    tokens = request.prompt_token_ids or []
+    stream = Stream(schedule)
+    tokens = array("i", request.prompt_token_ids or [])
     if len(tokens) > schedule.capacity and mode == "stream":
-        show(request, stream, (), tokens, limit)
+        show(request, stream, (), tokens, 0)
     elif len(tokens) > schedule.capacity:
         stream.evicted = schedule.evicted(len(tokens))
         stream.evictions = schedule.evictions(len(tokens))
-        show(
-            request, stream, [tokens[p] for p in schedule.cached_positions(len(tokens))], (), limit
-        )
+        cached = [tokens[p] for p in schedule.cached_positions(len(tokens))]
+        show(request, stream, cached, tokens, len(tokens))
     return stream
 
 
@@ -88,4 +89,21 @@ def test_a_long_prompt_is_never_visible_at_once(prompt_len: int) -> None:
     request = Request("r", tokens, SamplingParams(max_tokens=3), None)
     stream = open_stream(request, schedule, "stream")
     assert request.num_tokens == schedule.capacity + 1 == 13
-    assert [*request.all_token_ids, *reversed(stream.pending)] == tokens
+    rest = stream.pending.take(prompt_len)
+    assert [*request.all_token_ids, *rest] == tokens
+    assert len(stream.pending) == 0
+
+
+def test_pending_tokens_are_taken_in_order_and_given_up() -> None:
+    """Pieces of any size; what was taken is let go of before it is most of a long prompt."""
+    tokens = array("i", range(300_000))
+    pending, other = PendingTokens(tokens, 5), PendingTokens(tokens, 299_999)
+    rng, taken = random.Random(1), [0, 1, 2, 3, 4]
+    while pending:
+        taken += pending.take(rng.randint(1, 5_000))
+        assert len(pending) == len(tokens) - len(taken)
+        assert len(pending._tokens) <= max(2 * len(pending), 70_000 + len(pending))
+    assert taken == list(tokens)
+    assert other.take(7) == [299_999]
+    assert pending.take(3) == []
+    assert len(pending._tokens) == 0

@@ -4,7 +4,11 @@ Ray Serve LLM gives vLLM's metrics this way too, labelled with the replica; ther
 ``/metrics`` route to read Prometheus counters from.
 """
 
-from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayHistogramWrapper
+from vllm.v1.metrics.ray_wrappers import (
+    RayCounterWrapper,
+    RayGaugeWrapper,
+    RayHistogramWrapper,
+)
 
 from sink_vllm.metrics import StreamingLLMStatLogger
 
@@ -13,4 +17,5 @@ class RayStreamingLLMStatLogger(StreamingLLMStatLogger):
     """The same counters, in Ray's classes (``ray_sink_vllm_evictions_total`` and so on)."""
 
     counter = RayCounterWrapper
+    gauge = RayGaugeWrapper
     histogram = RayHistogramWrapper

@@ -1,4 +1,8 @@
-"""The engine core leaves hashing pages to the scheduler of the policy."""
+"""Requests become streams on vLLM's input thread (engine core process).
+
+Hashing a prompt of a million tokens takes half a second, and cutting it to what the engine sees at
+once some milliseconds; in the loop of the engine they would be a pause of all streams.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +10,21 @@ from typing import Any
 from sink_vllm.config import SinkConfig
 from sink_vllm.patching import Patch
 
+PREPARED = "streaming_llm_stream"
+"""Attribute of vLLM's ``Request``: its stream, from the input thread to the scheduler."""
+
 
 def _wrap_preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        if self.request_block_hasher is not None and SinkConfig.of(self.vllm_config) is not None:
-            # ``Recycler.open`` hashes as much of a prompt as there is a use for.
-            self.request_block_hasher = None
-        return original(self, request)
+        if SinkConfig.of(self.vllm_config) is None:
+            return original(self, request)
+        # The stream hashes as much of a prompt as there is a use for.
+        self.request_block_hasher = None
+        made, wave = original(self, request)
+        # Of a session this may be another input than the first, which only the scheduler knows.
+        if not made.resumable:
+            setattr(made, PREPARED, self.scheduler.recycler.prepare(made))
+        return made, wave
 
     return preprocess_add_request
 

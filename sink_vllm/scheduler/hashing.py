@@ -14,6 +14,9 @@ entries from both, and the chain goes on from the last hash that was ever comput
 
 from __future__ import annotations
 
+import hashlib
+import threading
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,22 +30,55 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.request import Request
 
-from sink_vllm.schedule import Schedule
+from sink_vllm.schedule import EvictionPages, Schedule
 
 if TYPE_CHECKING:
     from sink_vllm.scheduler.stream import Stream
 
 _RUN = 64  # pages; a run is remembered as a whole
-_REMEMBERED = 1 << 16  # pages, 100 bytes each and 4 per token
+_REMEMBERED = 1 << 18  # pages, some 75 bytes each
+_BREATH = 1e-4  # seconds
+
+Run = tuple[object, ...]
+
+
+class RememberedRuns:
+    """Hashes of runs of pages; one prompt cannot push out what others come back to.
+
+    Runs that were asked for again are kept apart from those that were seen once: a prompt of any
+    length that nobody resends takes the place of other such prompts only.
+    """
+
+    def __init__(self, pages: int = _REMEMBERED) -> None:
+        """``pages`` to remember, half of them seen once."""
+        runs = max(pages // _RUN // 2, 1)
+        self._lock = threading.Lock()
+        self._once: LRUCache[Run, list[BlockHash]] = LRUCache(runs)
+        self._again: LRUCache[Run, list[BlockHash]] = LRUCache(runs)
+
+    def get(self, key: Run) -> list[BlockHash] | None:
+        with self._lock:
+            known: list[BlockHash] | None = self._again.get(key)
+            if known is None and (known := self._once.pop(key, None)) is not None:
+                self._again[key] = known
+            return known
+
+    def add(self, key: Run, hashes: list[BlockHash]) -> None:
+        with self._lock:
+            self._once[key] = hashes
 
 
 class PageHasher:
-    """Hashes full pages of streams."""
+    """Hashes full pages of streams.
+
+    Used by two threads: prompts are hashed on vLLM's input thread, streams that generate in the
+    engine's loop. All they share is the memory of runs.
+    """
 
     def __init__(self, block_size: int, hash_function: Callable[[Any], bytes]) -> None:
         self._block_size = block_size
         self._hash = hash_function
-        self._runs: LRUCache[tuple[object, ...], list[BlockHash]] = LRUCache(_REMEMBERED // _RUN)
+        self._runs = RememberedRuns()
 
     def survives_eviction(self, schedule: Schedule) -> bool:
         """Whether the chain of hashes can go on after an eviction.
@@ -54,11 +90,48 @@ class PageHasher:
         return not border or border + schedule.window >= self._block_size
 
     def install(self, request: Request, stream: Stream) -> None:
-        """Make ``request`` hash its pages as those of ``stream``, from scratch."""
+        """Make ``request`` hash its pages as those of ``stream``, from the first one on."""
         request._block_hasher = partial(self._hash_new_pages, stream)
         request.block_hashes.clear()
         stream.last_hash = None
         request.update_block_hashes()
+
+    def resume(self, request: Request, stream: Stream, end: int) -> None:
+        """Make ``request`` go on hashing behind the first ``end`` pages of its prompt."""
+        size = self._block_size
+        heads = EvictionPages.of(stream.schedule, size).sink_full
+        kept = heads + stream.evicted_from_chain // size
+        hashes = stream.prompt_hashes
+        request.block_hashes[:] = [*hashes[:heads], *hashes[kept:end]]
+        stream.last_hash = hashes[end - 1]
+        request.update_block_hashes()
+
+    def hashes_of_prompt(
+        self,
+        request: Request,
+        schedule: Schedule,
+        tokens: array[int],
+        first_pages: int,
+        are_cached: Callable[[Sequence[BlockHash]], bool],
+    ) -> list[BlockHash]:
+        """Hashes of the full pages of a prompt that might be found in the prefix cache.
+
+        Args:
+            request: whose LoRA name and cache salt enter the hashes.
+            schedule: of the stream.
+            tokens: of the whole prompt.
+            first_pages: pages without which nothing behind them can be found.
+            are_cached: whether the prefix cache has pages with these hashes.
+
+        Returns:
+            Of all full pages; of the first ones only if they are not cached.
+        """
+        first = self._hash_pages(
+            request, schedule, tokens[: first_pages * self._block_size], 0, None
+        )
+        if not are_cached(first):
+            return first
+        return self.hashes(request, schedule, tokens)
 
     def hashes(
         self,
@@ -83,10 +156,15 @@ class PageHasher:
             run = array("i", tokens[begin : begin + length])
             start, end = position + begin, position + begin + length
             keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
-            key = (parent, start, schedule, keys, run.tobytes())
+            digest = hashlib.sha256(run.tobytes()).digest()
+            key = (parent, start, schedule, keys, digest)
             known = self._runs.get(key)
             if known is None:
-                known = self._runs[key] = self._hash_pages(request, schedule, run, start, parent)
+                known = self._hash_pages(request, schedule, run, start, parent)
+                self._runs.add(key, known)
+                # The engine's loop wants the interpreter, too: it would wait for a time slice,
+                # which is longer than a run takes.
+                time.sleep(_BREATH)
             found += known
             parent = known[-1]
         rest = len(found) * self._block_size
@@ -114,11 +192,24 @@ class PageHasher:
 
     def _hash_new_pages(self, stream: Stream, request: Request) -> list[BlockHash]:
         """What vLLM calls whenever tokens were appended to ``request``."""
-        start = len(request.block_hashes) * self._block_size
-        if start + self._block_size > request.num_tokens:
+        size = self._block_size
+        start = len(request.block_hashes) * size
+        if start + size > request.num_tokens:
             return []
-        tokens = request._all_token_ids[start:]
         position = start + stream.evicted_from_chain
-        new = self.hashes(request, stream.schedule, tokens, position, stream.last_hash)
+        # Pages of the prompt may have been hashed when it arrived.
+        end = request.num_tokens + stream.evicted_from_chain
+        new = stream.prompt_hashes[position // size : end // size]
+        if not new:
+            stream.prompt_hashes = []
+        begin = start + len(new) * size
+        if begin + size <= request.num_tokens:
+            new += self.hashes(
+                request,
+                stream.schedule,
+                request._all_token_ids[begin:],
+                begin + stream.evicted_from_chain,
+                new[-1] if new else stream.last_hash,
+            )
         stream.last_hash = new[-1]
         return new

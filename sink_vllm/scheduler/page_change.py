@@ -1,23 +1,15 @@
-"""What a change of a block table asks for: shared by the block managers."""
+"""How block tables change their pages: shared by the block managers."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from sink_vllm.plan import PageMove
+from sink_vllm.scheduler.ledger import PageLedger
 
 ALL_PAGES = 2**31 - 1
 """As the number of pages already hashed: hash no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class PageChange:
-    """What a change of a block table asks of the workers, and what must outlive the step."""
-
-    moves: list[PageMove]
-    retained: list[KVCacheBlock]
-    """Sources of moves that left the block table; free them once the step is scheduled."""
 
 
 def move_of(
@@ -31,3 +23,46 @@ def move_of(
     """The move of slots ``[begin, end)`` between two pages of a manager's group."""
     group = manager.kv_cache_group_id
     return PageMove(source.block_id, target.block_id, begin, end, delta, group)
+
+
+def rewritten(ledger: PageLedger, block: KVCacheBlock, reserved: int) -> KVCacheBlock:
+    """The page an owner of ``block`` may change in its place: itself, or a private copy.
+
+    A page somebody else owns, too, is copied. A hashed page of its owner alone is copied while
+    pages last that nobody has been promised, to stay useful to others; else it gives up its hash.
+    The caller adds the move; the source of a copy is retained until the step is planned.
+
+    Args:
+        ledger: of the pages.
+        block: a page the caller owns.
+        reserved: free pages that must be left for pages that have to be copied.
+    """
+    pool = ledger.pool
+    if not ledger.is_shared(block):
+        if block.block_hash is None:
+            return block
+        if ledger.spare <= 0 or ledger.num_free <= reserved:
+            pool.evict_blocks({block.block_id})
+            return block
+        ledger.spare -= 1
+    (target,) = pool.get_new_blocks(1)
+    ledger.retain(block)
+    return target
+
+
+def cached_pages(
+    manager: SingleTypeKVCacheManager, hashes: Sequence[BlockHash]
+) -> list[KVCacheBlock]:
+    """The pages of a manager's group that the prefix cache has under ``hashes``.
+
+    Raises:
+        KeyError: it does not have one of them.
+    """
+    group = [manager.kv_cache_group_id]
+    pages: list[KVCacheBlock] = []
+    for block_hash in hashes:
+        found = manager.block_pool.get_cached_block(block_hash, group)
+        if not found:
+            raise KeyError(block_hash)
+        pages += found
+    return pages

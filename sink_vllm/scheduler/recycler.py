@@ -1,34 +1,28 @@
-"""Evicts, resumes and recomputes streams: ties requests, their pages and the plan of a step."""
+"""Evicts, resumes and recomputes streams: ties requests to their pages (engine core process)."""
+
+from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
 from typing import Any
 
-from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from sink_vllm.config import SinkConfig
-from sink_vllm.plan import PageMove
 from sink_vllm.request_options import RequestPolicy
 from sink_vllm.schedule import EvictionPages, Schedule
+from sink_vllm.scheduler.account import Account
 from sink_vllm.scheduler.hashing import PageHasher
-from sink_vllm.scheduler.page_change import PageChange
-from sink_vllm.scheduler.stream import Stream, compact, show
-from sink_vllm.scheduler.tables import PageTables
-from sink_vllm.stats import StreamingLLMStats
-
-# Below vLLM's own logger, whose handlers print it.
-logger = init_logger(f"vllm.{__name__}")
-
-_EVICTIONS_PER_LOG_LINE = 1000
+from sink_vllm.scheduler.pending import PendingTokens
+from sink_vllm.scheduler.stream import Stream, compact, settle, show
+from sink_vllm.scheduler.tables import FoundPages, PageTables
 
 
 class Recycler:
     """All streams of one engine core.
 
-    Page changes are collected until the step they belong to is planned (``take_moves``); the
-    sources of their moves stay pinned until ``release``.
+    Who may hold pages, and when, is decided elsewhere (``admission``); who owns which page stands
+    in the ledger of ``tables``.
     """
 
     def __init__(
@@ -43,53 +37,73 @@ class Recycler:
         self.hasher = (
             PageHasher(tables.block_size, hash_function) if hash_function is not None else None
         )
+        self.account = Account()
         self.streams: dict[str, Stream] = {}
         self.dirty: set[str] = set()
         """Requests the workers have an outdated copy of: sent again with their next tokens."""
-        self.stats = StreamingLLMStats()
-        self._evictions = 0
-        self.report_due: set[str] = set()
-        """Requests whose next output should tell the client what was evicted."""
-        self.unresolved: set[str] = set()
-        """Long prompts that have not been looked up in the prefix cache yet."""
-        self._moves: dict[str, list[PageMove]] = {}
-        self._retained: list[KVCacheBlock] = []
 
     # -- requests come and go ---------------------------------------------------------------
 
-    def open(self, request: Request) -> None:
-        """Take in a new request; of a long prompt, the engine gets to see the start only.
+    def prepare(self, request: Request) -> Stream:
+        """The stream of a new request; of a long prompt, the engine gets to see the start only.
 
         In ``truncate`` mode it sees the survivors of the schedule instead, an ordinary dense
-        prompt, and what the schedule would have evicted is never computed.
+        prompt, and what the schedule would have evicted is never computed. Runs on vLLM's input
+        thread: it changes ``request`` and nothing that the engine's loop changes.
         """
         schedule = self._schedule_of(request)
         stream = Stream(schedule)
-        self.streams[request.request_id] = stream
-        length, limit = request.num_prompt_tokens, schedule.capacity + 1
+        length = request.num_prompt_tokens
+        tokens: array[int] | None = None
         if length > schedule.capacity:
             assert request.prompt_token_ids is not None  # embeddings are refused in the front end
-            tokens = request.prompt_token_ids
-            if self.config.sink_prompt == "truncate":
-                stream.evicted = schedule.evicted(length)
-                stream.evictions = schedule.evictions(length)
-                cached = [tokens[p] for p in schedule.cached_positions(length)]
-                show(request, stream, cached, (), limit)
-            else:
-                show(request, stream, (), tokens, limit)
+            tokens = array("i", request.prompt_token_ids)
             if self.hasher is not None and not request.skip_reading_prefix_cache:
-                stream.prompt = array("i", tokens)
-                self.unresolved.add(request.request_id)
-            else:
-                self._account(request.request_id, stream, stream.evictions)
+                stream.prompt = tokens
+            self._show_prompt(request, stream, tokens)
         if self.hasher is not None:
-            self.hasher.install(request, stream)
+            if stream.prompt is not None:
+                hashes = self.hasher.hashes_of_prompt(
+                    request,
+                    schedule,
+                    stream.prompt,
+                    self.tables.num_sink_pages(schedule),
+                    lambda first: self.tables.has_sinks(schedule, first),
+                )
+                self._install(request, stream, hashes)
+            else:
+                self.hasher.install(request, stream)
+        return stream
+
+    def _show_prompt(self, request: Request, stream: Stream, tokens: array[int]) -> None:
+        schedule, length = stream.schedule, len(tokens)
+        if self.config.sink_prompt == "truncate":
+            stream.evicted = schedule.evicted(length)
+            stream.evictions = schedule.evictions(length)
+            cached = [tokens[p] for p in schedule.cached_positions(length)]
+            show(request, stream, cached, tokens, length)
+        else:
+            show(request, stream, (), tokens, 0)
+
+    def _install(self, request: Request, stream: Stream, hashes: list[Any]) -> None:
+        """Hash what the engine sees of a prompt, whose hashes by stream position are known."""
+        assert self.hasher is not None
+        is_dense = stream.evicted > 0  # truncated: its chain is not that of the stream
+        stream.prompt_hashes = [] if is_dense else hashes
+        self.hasher.install(request, stream)
+        stream.prompt_hashes = hashes
 
     def _schedule_of(self, request: Request) -> Schedule:
         """The server's schedule, or what the request asks for (checked by the front end)."""
         params = request.sampling_params
         extra_args = params.extra_args if params is not None else None
         return RequestPolicy.parse(extra_args, self.config) or self.config.schedule
+
+    def open(self, request: Request, stream: Stream) -> None:
+        """Take in a request that was prepared."""
+        self.streams[request.request_id] = stream
+        if stream.prompt is None:  # nothing that a look-up could change any more
+            self._count(request, stream, stream.evictions)
 
     def extend(self, request: Request, tokens: list[int]) -> list[int]:
         """Take in the next input of a session, which goes on behind its computed tokens.
@@ -105,9 +119,9 @@ class Recycler:
         if self.hasher is not None:
             self._drop_hashes(request, stream)
         room = stream.capacity + 1 - request.num_computed_tokens
-        stream.pending = array("i", tokens[room:])
-        stream.pending.reverse()
-        if stream.chain_evictions:
+        assert not stream.pending, "a session is between two inputs"
+        stream.pending = PendingTokens.of(tokens[room:])
+        if stream.evictions:
             # The workers take a session's next input for a request at rope offset 0.
             self.dirty.add(request.request_id)
         return tokens[:room]
@@ -126,9 +140,8 @@ class Recycler:
     def close(self, request: Request) -> dict[str, int] | None:
         """Forget a request that ended; returns its account if it evicted anything."""
         stream = self.streams.pop(request.request_id)
-        self.report_due.discard(request.request_id)
+        self.account.due.discard(request.request_id)
         self.dirty.discard(request.request_id)
-        self.unresolved.discard(request.request_id)
         return stream.report(request) if stream.evictions else None
 
     def preempted(self, request: Request) -> None:
@@ -137,13 +150,22 @@ class Recycler:
         They are recomputed as a dense prompt, at rope offset 0, and hashed as one.
         """
         stream = self.streams[request.request_id]
-        self._moves.pop(request.request_id, None)
-        stream.chain_evictions = stream.evicted_from_chain = 0
+        self.tables.ledger.cancel(request.request_id)
         if stream.evictions:
+            stream.rebuilt()
             # The workers must hear of it even if they never heard of the last eviction.
             self.dirty.add(request.request_id)
             if self.hasher is not None:
                 self.hasher.install(request, stream)
+
+    def parked(self, request: Request) -> None:
+        """A session gave up its pages between two inputs: as if it were preempted, with nothing
+        but its computed tokens."""
+        settle(request, request.num_computed_tokens)
+        if self.hasher is not None:
+            self._drop_hashes(request, self.streams[request.request_id])
+        request.num_computed_tokens = 0
+        self.preempted(request)
 
     # -- eviction ---------------------------------------------------------------------------
 
@@ -162,22 +184,22 @@ class Recycler:
         evictions = stream.chain_evictions + 1
         anchors = self.tables.anchors
         reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
-        change = self.tables.evict(
+        moves = self.tables.evict(
             request.request_id,
             stream.schedule,
             window_delta=-anchors.span if reanchor else 0,
             sink_delta=anchors.offset(evictions),
         )
-        if change is None:
+        if moves is None:
             return False
-        self._apply(request, change)
+        self.tables.ledger.plan(request.request_id, moves)
         compact(request, stream)
         self.dirty.add(request.request_id)
         if self.hasher is not None:
             self._evict_hashes(request, stream.schedule)
         stream.reanchorings += reanchor
-        self.stats.reanchorings += reanchor
-        self._account(request.request_id, stream, 1)
+        self.account.stats.reanchorings += reanchor
+        self._count(request, stream, 1)
         return True
 
     def _evict_hashes(self, request: Request, schedule: Schedule) -> None:
@@ -196,95 +218,64 @@ class Recycler:
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
-    def resume(self, request: Request, reserved_pages: int) -> bool:
-        """Start a waiting long prompt from cached sink pages and the cached window before the
-        longest cached boundary; no page in between is needed.
+    def look_up(self, request: Request) -> FoundPages | None:
+        """Cached sink pages and the cached window before the longest cached boundary of a waiting
+        long prompt: it can start from them, no page in between is needed. Changes nothing."""
+        stream = self.streams[request.request_id]
+        if stream.prompt is None:
+            return None
+        last = (len(stream.prompt) - 1) // self.tables.block_size
+        return self.tables.find_resume(stream.schedule, stream.prompt_hashes, last)
 
-        Args:
-            request: a waiting request in ``unresolved``; a prompt is looked up once.
-            reserved_pages: free pages that must be left for others.
+    def show_resumed(self, request: Request, found: FoundPages) -> int:
+        """Let the engine see a waiting request as it will be when it is resumed.
 
         Returns:
-            True if the request now holds pages and ``num_computed_tokens > 0``; False if it
-            starts like any other request.
+            Its cached tokens.
         """
         stream = self.streams[request.request_id]
-        self.unresolved.discard(request.request_id)
-        tokens, stream.prompt = stream.prompt, None
-        assert tokens is not None
+        assert stream.prompt is not None
         assert self.hasher is not None
-        schedule, block_size = stream.schedule, self.tables.block_size
-        hashes = self.hasher.hashes(request, schedule, tokens)
-        boundary = self.tables.find_resume(schedule, hashes, (len(tokens) - 1) // block_size)
-        change = None
-        if boundary is not None:
-            change = self.tables.resume(
-                request.request_id, schedule, hashes, boundary, reserved_pages
-            )
-        if boundary is None or change is None:
-            self._account(request.request_id, stream, stream.evictions)
-            return False
-        computed = boundary * block_size
-        evictions = self.tables.evictions_at(schedule, boundary)
+        schedule, tokens = stream.schedule, stream.prompt
+        computed = found.end * self.tables.block_size
+        evictions = self.tables.evictions_at(schedule, found.end)
         stream.evictions = stream.chain_evictions = evictions
         stream.evicted = stream.evicted_from_chain = evictions * schedule.stride
         stream.reanchorings = self.tables.anchors.reanchorings(evictions)
-        stream.last_hash = hashes[boundary - 1]
-        self.dirty.add(request.request_id)
         cached = [tokens[p] for p in schedule.cached_positions(computed + 1) if p < computed]
-        show(request, stream, cached, tokens[computed:], schedule.capacity + 1)
-        request.num_computed_tokens = len(cached)
-        first = EvictionPages.of(schedule, block_size).sink_full
-        kept = first + stream.evicted // block_size
-        request.block_hashes[:] = [*hashes[:first], *hashes[kept:boundary]]
-        request.update_block_hashes()
-        if request.prefill_stats is not None:
-            request.prefill_stats.set(
-                num_prompt_tokens=len(tokens),
-                num_local_cached_tokens=computed,
-                num_external_cached_tokens=0,
-            )
-        self._apply(request, change)
-        self.report_due.add(request.request_id)
-        return True
+        show(request, stream, cached, tokens, computed)
+        self.hasher.resume(request, stream, found.end)
+        return len(cached)
 
-    # -- the plan of a step -----------------------------------------------------------------
+    def show_whole(self, request: Request) -> None:
+        """Take :meth:`show_resumed` back: the request waits on."""
+        stream = self.streams[request.request_id]
+        assert stream.prompt is not None
+        stream.evictions = stream.evicted = stream.reanchorings = 0
+        hashes = stream.prompt_hashes
+        stream.rebuilt()
+        self._show_prompt(request, stream, stream.prompt)
+        self._install(request, stream, hashes)
 
-    def take_moves(self) -> list[PageMove]:
-        """The page moves of the step that is being planned."""
-        moves = [move for moves in self._moves.values() for move in moves]
-        self._moves = {}
-        return moves
+    def resume(self, request: Request, found: FoundPages) -> None:
+        """Give an admitted request the pages it starts from."""
+        stream = self.streams[request.request_id]
+        moves = self.tables.resume(request.request_id, stream.schedule, found)
+        self.tables.ledger.plan(request.request_id, moves)
+        self.dirty.add(request.request_id)
 
-    def release(self) -> None:
-        """The step is planned: whatever takes the sources of its moves next is written after
-        the moves ran, so they may go back to the pool."""
-        if self._retained:
-            self.tables.block_pool.free_blocks(self._retained)
-            self._retained = []
-
-    def take_stats(self) -> StreamingLLMStats:
-        """What happened since the last call."""
-        stats, self.stats = self.stats, StreamingLLMStats()
-        return stats
-
-    def _apply(self, request: Request, change: PageChange) -> None:
-        self._moves[request.request_id] = change.moves
-        self._retained += change.retained
-
-    def _account(self, request_id: str, stream: Stream, evictions: int) -> None:
-        """Count ``evictions`` that ``stream`` has just made, or skipped with their tokens."""
-        if not evictions:
+    def started(self, request: Request, *, resumed: bool) -> None:
+        """A request runs: its prompt is not looked up any more."""
+        stream = self.streams[request.request_id]
+        if stream.prompt is None:
             return
-        self.stats.streams += stream.evictions == evictions
-        self.stats.evictions += evictions
-        self.stats.tokens += evictions * stream.schedule.stride
-        self.report_due.add(request_id)
-        logged = self._evictions // _EVICTIONS_PER_LOG_LINE
-        self._evictions += evictions
-        if self._evictions // _EVICTIONS_PER_LOG_LINE > logged:
-            logger.info(
-                "StreamingLLM: %d evictions so far; %d streams are open.",
-                self._evictions,
-                len(self.streams),
-            )
+        if resumed:
+            self.account.resumed(request.request_id)
+        else:
+            self._count(request, stream, stream.evictions)
+            if stream.evicted:  # truncated
+                stream.prompt_hashes = []
+        stream.prompt = None
+
+    def _count(self, request: Request, stream: Stream, evictions: int) -> None:
+        self.account.evicted(request.request_id, stream, evictions, len(self.streams))

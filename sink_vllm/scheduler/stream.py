@@ -11,6 +11,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.schedule import Schedule
+from sink_vllm.scheduler.pending import PendingTokens
 
 
 @dataclass(slots=True)
@@ -18,10 +19,13 @@ class Stream:
     """What the scheduler knows of a request beyond its cache; all counts in tokens."""
 
     schedule: Schedule
-    pending: array[int] = field(default_factory=lambda: array("i"))
-    """Prompt tokens the engine has not seen yet, last one first."""
+    pending: PendingTokens = field(default_factory=PendingTokens)
+    """Prompt tokens the engine has not seen yet."""
     prompt: array[int] | None = None
-    """The whole prompt, until it has been looked up in the prefix cache (long prompts only)."""
+    """The whole prompt, until the request is admitted (long prompts that are looked up only)."""
+    prompt_hashes: list[BlockHash] = field(default_factory=list)
+    """Of the first pages of the prompt, by stream position; of all its full pages if its sink
+    pages were in the prefix cache when it arrived."""
     evicted: int = 0
     """Stream position minus cache position of every window token."""
     evictions: int = 0
@@ -46,24 +50,40 @@ class Stream:
             "rope_reanchorings": self.reanchorings,
         }
 
+    def rebuilt(self) -> None:
+        """The cache is built anew, from the tokens in it as a prompt of its own."""
+        self.chain_evictions = self.evicted_from_chain = 0
+        self.last_hash = None
+        self.prompt_hashes = []
+
 
 def show(
-    request: Request, stream: Stream, cached: Sequence[int], rest: Sequence[int], limit: int
+    request: Request, stream: Stream, cached: Sequence[int], tokens: array[int], seen: int
 ) -> None:
-    """Give the engine a prompt of at most ``limit`` tokens: ``cached`` and the start of ``rest``.
+    """Give the engine a prompt of at most ``C + 1`` tokens: ``cached`` and then ``tokens[seen:]``.
 
     The engine sees at most ``C + 1`` prompt tokens at once: enough to know that a chunk ending at
     ``C`` is not the last one (so nothing is sampled), and no more than its buffers hold. What it
     cannot see yet waits in the stream. ``prompt_token_ids``, which the workers of an in-process
     engine alias, is replaced; the list behind vLLM's read-only view changes in place.
     """
-    room = limit - len(cached)
-    visible = [*cached, *rest[:room]]
-    stream.pending = array("i", rest[room:])
-    stream.pending.reverse()
+    end = seen + stream.capacity + 1 - len(cached)
+    visible = [*cached, *tokens[seen:end]]
+    stream.pending = PendingTokens(tokens, end)
     request.prompt_token_ids = visible
     request.num_prompt_tokens = len(visible)
     request._all_token_ids[:] = visible
+
+
+def settle(request: Request, tokens: int) -> None:
+    """Make the first ``tokens`` of ``request`` its prompt and forget what comes behind them.
+
+    What a streaming-input session does with its computed tokens when its next input arrives.
+    """
+    del request._all_token_ids[tokens:]
+    request._output_token_ids.clear()
+    request.prompt_token_ids = list(request._all_token_ids)
+    request.num_prompt_tokens = tokens
 
 
 def compact(request: Request, stream: Stream) -> None:
@@ -84,9 +104,7 @@ def compact(request: Request, stream: Stream) -> None:
     first_output = max(begin - num_prompt, 0)
     del request._output_token_ids[first_output : first_output + dropped_outputs]
     if stream.pending:
-        arrivals = stream.pending[-schedule.stride :]
-        del stream.pending[-schedule.stride :]
-        arrivals.reverse()
+        arrivals = stream.pending.take(schedule.stride)
         prompt.extend(arrivals)
         request._all_token_ids.extend(arrivals)
     request.prompt_token_ids = prompt

@@ -1,0 +1,40 @@
+"""Prompt tokens that the engine has not seen yet (pure Python)."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+_TRIM = 1 << 16  # tokens that were taken and are still held, at most (or half of all)
+
+
+class PendingTokens:
+    """The rest of a prompt, taken from its start; 4 bytes a token.
+
+    Several may share one array, which none of them changes: a prompt that is looked at again from
+    another position costs nothing.
+    """
+
+    __slots__ = ("_at", "_tokens")
+
+    def __init__(self, tokens: array[int] | None = None, at: int = 0) -> None:
+        """``tokens[at:]``; nothing by default."""
+        self._tokens = array("i") if tokens is None else tokens
+        self._at = min(at, len(self._tokens))
+
+    @classmethod
+    def of(cls, tokens: Sequence[int]) -> PendingTokens:
+        return cls(array("i", tokens))
+
+    def __len__(self) -> int:
+        return len(self._tokens) - self._at
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` tokens, or what is left."""
+        taken = self._tokens[self._at : self._at + count].tolist()
+        self._at += len(taken)
+        if self._at > _TRIM and 2 * self._at > len(self._tokens):
+            self._tokens, self._at = self._tokens[self._at :], 0
+        elif self._at == len(self._tokens):
+            self._tokens, self._at = array("i"), 0
+        return taken
