@@ -438,7 +438,7 @@ def _is_ready(request: Request) -> bool:
     )
 
 
-def check_pages(core: Core) -> None:
+def check_integrity(core: Core) -> None:
     """Every page is free or owned, and every reference has an owner.
 
     Raises:
@@ -449,9 +449,9 @@ def check_pages(core: Core) -> None:
     assert len(free) == pool.get_num_free_blocks(), "free twice"
     unreferenced = {b.block_id for b in pool.blocks if b.ref_cnt == 0 and not b.is_null}
     assert free == unreferenced, f"free, but referenced or lost: {sorted(free ^ unreferenced)}"
-    check_integrity = getattr(core.scheduler, "check_integrity", None)
-    if check_integrity is not None:
-        check_integrity()
+    own = getattr(core.scheduler, "check_integrity", None)
+    if own is not None:
+        own()
         return
     owners: Counter[int] = Counter()
     for manager in core.managers:
