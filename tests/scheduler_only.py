@@ -5,8 +5,10 @@ request passes from ``preprocess_add_request`` on. Made up are the sampled token
 grammar is ready. Pages may be of any size, since no kernel reads them.
 """
 
+import atexit
 import copy
 import functools
+import gc
 import os
 import queue
 import tempfile
@@ -47,6 +49,7 @@ from sink_vllm.request_options import RequestPolicy, check_pages
 from sink_vllm.schedule import Schedule
 from sink_vllm.scheduler.scheduler import make_scheduler
 from sink_vllm.scheduler.spec import StreamingLLMSpec, StreamingLLMWindowSpec
+from tests.page_content import PageContent
 from tests.tiny_models import TinyLlama, write_tiny_llama
 
 _MOST_SEQUENCES = 64
@@ -106,6 +109,8 @@ def _base() -> tuple[VllmConfig, StructuredOutputManager]:
         ).additional_config(),
     )
     config = arguments.create_engine_config()
+    gc.freeze()  # what is imported by now stays; going through it again and again is slow
+    atexit.register(gc.unfreeze)
     return config, StructuredOutputManager(config)
 
 
@@ -214,7 +219,8 @@ class _Compiler:
 class NoModel:
     """An executor that makes up a token for every request whose chunk reaches its end."""
 
-    requests: Mapping[str, Request] = field(default_factory=dict)
+    requests: Mapping[str, Request]
+    content: PageContent
     observe: Callable[[SchedulerOutput], None] = lambda _: None
     made: Counter[str] = field(default_factory=Counter)
     _sampling: list[str] | None = None
@@ -229,7 +235,9 @@ class NoModel:
             return future
         assert self._sampling is None, "two steps without sampling"
         self._ids = list(planned.num_scheduled_tokens)
-        self._sampling = [r for r in self._ids if not self.requests[r].is_prefill_chunk]
+        self._sampling = self.content.execute(planned)
+        expected = [r for r in self._ids if not self.requests[r].is_prefill_chunk]
+        assert self._sampling == expected, f"the scheduler waits for tokens of {expected}"
         future.set_result(None)
         return future
 
@@ -240,7 +248,9 @@ class NoModel:
             tokens = []
             if request_id in self._sampling:
                 self.made[request_id] += 1
-                tokens.append(made_up(request_id, self.made[request_id]))
+                token = made_up(request_id, self.made[request_id])
+                self.content.sampled(request_id, token)
+                tokens.append(token)
             sampled.append(tokens)
         answer = ModelRunnerOutput(
             req_ids=self._ids,
@@ -293,7 +303,9 @@ class Core(EngineCore):
             hash_block_size=hash_block_size,
             log_stats=settings.log_stats,
         )
-        self.model = NoModel(self.scheduler.requests)
+        windows = [getattr(one, "sliding_window", None) or 0 for one in specs]
+        content = PageContent(settings.block_size, windows)
+        self.model = NoModel(self.scheduler.requests, content)
         self.model_executor = self.model  # type: ignore[assignment]
         self.use_spec_decode = self.check_for_draft_tokens = False
         self.mm_receiver_cache = None
