@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from sink_vllm.schedule import Schedule, cdiv
+from sink_vllm.scheduler.ledger import IntegrityError
 from tests.judge import random_tokens
 from tests.liveness import Client, Failure, Watch, run_many, seeds_of
 from tests.scheduler_only import Core, Settings
@@ -178,7 +179,7 @@ def test_what_fits_fits_in_lockstep(
 
     watch.finish()
 
-    assert watch.reach["evictions"] >= 5 * streams
+    assert watch.reach["evictions"] >= 3 * streams
     assert watch.reach["preemptions"] == 0
     assert watch.scheduled <= watch.needed
 
@@ -302,7 +303,7 @@ def test_a_leak_is_found() -> None:
         watch.send("stream", random_tokens(40, 1), 20)
         watch.step()
         spoil(watch.core)
-        with pytest.raises(AssertionError, match="page"):
+        with pytest.raises(IntegrityError, match="page"):
             watch.step()
 
 
