@@ -66,6 +66,8 @@ class _Service:
 
     async def check_model(self, model: str) -> None: ...
 
+    def check_engine(self) -> None: ...
+
     async def new_tokens(self, stream: StoredStream, request: Append) -> list[int]:
         stream.options, stream.schedule = {"sink_tokens": 9}, None  # as rendering a pin does
         await asyncio.sleep(0)

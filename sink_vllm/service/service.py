@@ -114,10 +114,10 @@ class StreamService:
             )
         except TooLarge as error:
             raise VLLMValidationError(
-                f"A stream of {error.tokens} tokens (of messages: 4 bytes each, and 64 per "
-                f"message) cannot be appended to where --sink-streams-tokens="
-                f"{self.store.most_tokens} are remembered of all streams together; send less, or "
-                "start the server with more."
+                f"A stream that begins with {error.tokens} tokens (messages count as one for each "
+                f"4 bytes, and 64 for each message) leaves no room to append to it: the server "
+                f"remembers --sink-streams-tokens={self.store.most_tokens} of all streams "
+                "together; send less, or start the server with more."
             ) from error
         if tokens:
             stream.tail, stream.open = "assistant", True
@@ -144,15 +144,21 @@ class StreamService:
         return turn
 
     async def check_model(self, model: str) -> None:
-        """What every handler of vLLM checks first: the model is there, and the engine takes more.
+        """As every handler of vLLM does, which may also load an adapter.
 
         Raises:
             Refused: there is no such model or adapter, or no longer.
-            VLLMError: the engine is dead, or its queue is full.
         """
         answer = await self._handler._check_model(_asking_for(model))
         if answer is not None:
             raise Refused(answer)
+
+    def check_engine(self) -> None:
+        """As every handler of vLLM does before it renders.
+
+        Raises:
+            VLLMError: the engine is dead, or its queue is full.
+        """
         self._handler._preflight()
 
     def info(self, stream: StoredStream) -> StreamInfo:
@@ -266,7 +272,7 @@ class StreamService:
             )
             least = most
             if generate.max_tokens is None:
-                left = room if stream.schedule else self.policy.capacity - position
+                left = room if stream.schedule is not None else self.policy.capacity - position
                 least, most = 1, max(min(most, room, left), 1)
             given = generate.model_dump(exclude_none=True)
             params = CompletionRequest.model_validate(

@@ -61,6 +61,7 @@ class Turn:
         """Render, and wait for the engine's first output: errors come before any answer."""
         service, stream, request = self._service, self._stream, self._request
         await service.check_model(stream.model)
+        service.check_engine()
         self._appended = await service.new_tokens(stream, request)
         tokens = [*stream.tokens, *self._appended]
         params = service.params(stream, request.generate, len(tokens))
