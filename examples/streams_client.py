@@ -17,6 +17,10 @@ from typing import Any
 import httpx
 
 
+class StreamError(Exception):
+    """An answer that had begun has failed; the stream is as it was before."""
+
+
 class StreamsClient:
     """The routes of one server."""
 
@@ -34,15 +38,23 @@ class StreamsClient:
         return self._json(self._http.post(f"/v1/streams/{stream_id}/append", json=body))
 
     def events(self, stream_id: str, **body: Any) -> Iterator[dict[str, Any]]:
-        """Append and yield the answer's events; the last one is the account of the turn."""
+        """Append and yield the answer's events; the last one is the account of the turn.
+
+        Raises:
+            StreamError: the server has given the generation up.
+        """
         path = f"/v1/streams/{stream_id}/append"
         with self._http.stream("POST", path, json={"stream": True, **body}) as answer:
             if answer.is_error:
                 answer.read()
             answer.raise_for_status()
             for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise StreamError(event["error"]["message"])
+                yield event
 
     def get(self, stream_id: str) -> dict[str, Any]:
         return self._json(self._http.get(f"/v1/streams/{stream_id}"))

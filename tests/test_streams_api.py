@@ -9,26 +9,29 @@ from typing import Any
 import httpx
 import pytest
 
-from examples.serving import Server
+from examples.serving import Metrics, Server
 from sink_vllm.schedule import Schedule
 from tests.serving import CAPACITY, FLAGS, MODEL, SCHEDULE, prompt_of
-from tests.tiny_models import TinyLlama
+from tests.tiny_models import TinyLlama, write_tiny_lora
 
 pytestmark = pytest.mark.server
 
 BLOCK = 32
-KEY = "a-key"
+KEY, OTHER_KEY = "a-key", "another-key"
 MOST_STREAMS = 6
+MOST_TOKENS = 3000
+MOST_NEW = 400
+"""Server-wide limit of one generation."""
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
 class _Api:
     """The routes, with the server's key."""
 
-    def __init__(self, server: Server) -> None:
-        self.url = server.url
+    def __init__(self, url: str, key: str = KEY) -> None:
+        self.url = url
         self.http = httpx.Client(
-            base_url=server.url, timeout=300, headers={"Authorization": f"Bearer {KEY}"}
+            base_url=url, timeout=300, headers={"Authorization": f"Bearer {key}"}
         )
 
     def call(self, method: str, path: str, status: int, body: Any = None) -> dict[str, Any]:
@@ -74,10 +77,15 @@ class _Api:
                 elif line:
                     yield json.loads(line.removeprefix("data: "))
 
-    def complete(self, tokens: list[int], max_tokens: int, **xargs: Any) -> list[int]:
+    def gauge(self, name: str) -> float:
+        return Metrics.read(self.url).total(f"sink_vllm:{name}")
+
+    def complete(
+        self, tokens: list[int], max_tokens: int, model: str = MODEL, **xargs: Any
+    ) -> list[int]:
         """The same over the plain API, as one prompt that no page is cached of."""
         body = {
-            "model": MODEL,
+            "model": model,
             "prompt": tokens,
             "max_tokens": max_tokens,
             "return_token_ids": True,
@@ -92,14 +100,17 @@ class _Api:
 
 @pytest.fixture(scope="module")
 def api(tiny_llama: Callable[[TinyLlama], Path]) -> Iterator[_Api]:
-    arguments = [str(tiny_llama(TinyLlama())), "--served-model-name", MODEL, "--api-key", KEY]
+    arguments = [str(tiny_llama(TinyLlama())), "--served-model-name", MODEL]
+    arguments += ["--api-key", KEY, OTHER_KEY, "--enable-lora"]
     arguments += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)]
     arguments += ["--max-num-seqs", "8", "--num-gpu-blocks-override", "96", *FLAGS]
-    arguments += ["--sink-streams", str(MOST_STREAMS), "--sink-streams-tokens", "3000"]
+    arguments += ["--sink-streams", f"{MOST_STREAMS}", "--sink-streams-tokens", f"{MOST_TOKENS}"]
+    arguments += ["--override-generation-config", json.dumps({"max_new_tokens": MOST_NEW})]
     arguments += ["--enable-prompt-tokens-details"]
-    with Server(arguments, {"VLLM_PLUGINS": "sink_vllm"}) as server:
+    environment = {"VLLM_PLUGINS": "sink_vllm", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with Server(arguments, environment) as server:
         server.wait(lambda _seconds: None)
-        yield _Api(server)
+        yield _Api(server.url)
 
 
 def _message(content: str, role: str = "user") -> dict[str, str]:
@@ -336,11 +347,134 @@ def test_tokens_of_all_streams_are_bounded(api: _Api) -> None:
     third = api.create(tokens=[65] * 1400)
 
     assert "no longer" in api.error("GET", f"/v1/streams/{ids[0]}", 404)
-    path = f"/v1/streams/{third}/append"
-    body = {"tokens": [65], "generate": {"max_tokens": 1600}}
-    assert "more than the 3000 tokens" in api.error("POST", path, 400, body)
+    assert api.gauge("stored_stream_tokens") == 2800
     for stream_id in (ids[1], third):
         api.delete(stream_id)
+    stream_id = api.create(tokens=[65] * (MOST_TOKENS - 100))
+    body = {"tokens": [65], "generate": {"max_tokens": 100}}
+    path = f"/v1/streams/{stream_id}/append"
+    assert f"more than the {MOST_TOKENS} tokens" in api.error("POST", path, 400, body)
+    answer = api.append(stream_id, tokens=[65], generate=GREEDY)  # what there is room for
+    assert answer["usage"]["generated_tokens"] == 99
+    api.delete(stream_id)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"tokens": [65] * MOST_TOKENS},
+        {"text": "a" * MOST_TOKENS},
+        {"system": "a" * 4 * MOST_TOKENS},
+        {"messages": [_message("a" * 2 * MOST_TOKENS)] * 2},
+    ],
+    ids=["tokens", "text", "system", "messages"],
+)
+def test_a_stream_nothing_fits_behind_is_refused_at_once(
+    api: _Api, content: dict[str, Any]
+) -> None:
+    stream_id = api.create(tokens=[65] * 100)
+
+    message = api.error("POST", "/v1/streams", 400, content)
+
+    assert f"--sink-streams-tokens={MOST_TOKENS}" in message
+    assert "send less" in message
+    assert api.get(stream_id)["position"] == 100  # it has cost nobody anything
+    api.delete(stream_id)
+
+
+def test_waiting_messages_take_room(api: _Api) -> None:
+    ids = [api.create(messages=[_message("a" * 8000)]) for _ in range(2)]
+
+    assert "no longer" in api.error("GET", f"/v1/streams/{ids[0]}", 404)
+    assert api.gauge("stored_stream_tokens") == 8000 / 4 + 64
+    api.delete(ids[1])
+
+
+def test_a_client_does_not_push_out_another(api: _Api) -> None:
+    other = _Api(api.url, OTHER_KEY)
+    theirs = [other.create(tokens=[65 + n]) for n in range(MOST_STREAMS // 2)]
+
+    mine = [api.create() for _ in range(3 * MOST_STREAMS)]
+
+    assert all(other.get(stream_id)["position"] == 1 for stream_id in theirs)
+    for stream_id in (*theirs, *mine[-MOST_STREAMS // 2 :]):
+        api.delete(stream_id)
+    assert api.gauge("stored_streams") == 0
+
+
+def test_streams_in_use_do_not_lock_out_another_client(api: _Api) -> None:
+    ids = [api.create(tokens=[65 + n]) for n in range(MOST_STREAMS)]
+    turns = [api.events(stream_id, generate=GREEDY) for stream_id in ids]
+    for turn in turns:
+        next(turn)
+    assert api.gauge("stored_streams_in_use") == MOST_STREAMS
+
+    refused = api.http.post("/v1/streams", json={})
+    other = _Api(api.url, OTHER_KEY)
+    theirs = other.create(tokens=[65])
+
+    assert refused.status_code == 429
+    assert refused.headers["Retry-After"] == "1"
+    assert f"--sink-streams={MOST_STREAMS}" in refused.json()["error"]["message"]
+    assert other.generate(theirs, 2)["usage"]["generated_tokens"] == 2
+    for turn in turns:
+        turn.close()  # type: ignore[attr-defined]
+    other.delete(theirs)
+    for stream_id in ids:
+        for _ in range(200):
+            answer = api.http.delete(f"/v1/streams/{stream_id}")
+            if answer.status_code != 409:
+                break
+            threading.Event().wait(0.05)
+        assert answer.status_code in (200, 404)
+
+
+# -- what the server says about all requests ------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [{}, {"max_tokens": 2 * MOST_NEW}])
+def test_the_servers_limit_of_a_generation(api: _Api, given: dict[str, int]) -> None:
+    """``max_new_tokens`` of ``--override-generation-config``: it used to be ignored here."""
+    prompt = prompt_of(40, salt=23)
+    stream_id = api.create(tokens=prompt)
+
+    answer = api.append(stream_id, generate={**GREEDY, **given}, return_token_ids=True)
+
+    assert answer["usage"]["generated_tokens"] == MOST_NEW
+    assert answer["finish_reason"] == "length"
+    assert answer["token_ids"] == api.complete(prompt, 2 * MOST_NEW)
+    api.delete(stream_id)
+
+
+def test_an_adapter_that_is_unloaded_between_turns(
+    api: _Api, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The stream used to go on with the base model, and nobody was told."""
+    folder = write_tiny_lora(tmp_path_factory.mktemp("lora"), TinyLlama())
+    adapter = {"lora_name": "adapter", "lora_path": str(folder)}
+    api.http.post("/v1/load_lora_adapter", json=adapter).raise_for_status()
+    prompt = prompt_of(150, salt=25)
+    stream_id = api.create(model="adapter", tokens=prompt)
+    first = api.generate(stream_id, 8)["token_ids"]
+    assert first == api.complete(prompt, 8, "adapter")
+    assert first != api.complete(prompt, 8)
+    before = api.get(stream_id)
+
+    api.http.post("/v1/unload_lora_adapter", json=adapter).raise_for_status()
+    path, body = f"/v1/streams/{stream_id}/append", {"tokens": [65], "generate": GREEDY}
+    gone = api.call("POST", path, 404, body)
+    assert gone == api.call("POST", "/v1/completions", 404, {"model": "adapter", "prompt": [65]})
+    assert gone == api.call("POST", path, 404, {**body, "stream": True})
+    assert gone == api.call("POST", "/v1/streams", 404, {"model": "adapter"})
+    after = api.get(stream_id)
+    for name in ("position", "turns", "busy", "model"):
+        assert after[name] == before[name]
+
+    api.http.post("/v1/load_lora_adapter", json=adapter).raise_for_status()
+    again = api.generate(stream_id, 8, tokens=[65])["token_ids"]
+    assert again == api.complete([*prompt, *first, 65], 8, "adapter")
+    api.delete(stream_id)
+    api.http.post("/v1/unload_lora_adapter", json=adapter).raise_for_status()
 
 
 # -- errors -------------------------------------------------------------------------------------
@@ -356,7 +490,9 @@ def test_unknown_streams(api: _Api) -> None:
 
 
 def test_unknown_model(api: _Api) -> None:
-    assert "'other' does not exist" in api.error("POST", "/v1/streams", 404, {"model": "other"})
+    assert "The model `other` does not exist" in api.error(
+        "POST", "/v1/streams", 404, {"model": "other"}
+    )
 
 
 @pytest.mark.parametrize("path", ["/v1/streams", "/v1/streams/x/append", "/v1/streams/x"])
@@ -380,6 +516,7 @@ def test_the_key_is_asked_for(api: _Api, path: str) -> None:
         ({"tokens": [-1]}, "tokens"),
         ({"tokens": []}, "tokens"),
         ({"text": ""}, "text"),
+        ({"cache_salt": "a" * 129}, "cache_salt"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "role"),
     ],
 )
@@ -437,7 +574,7 @@ def test_schema(api: _Api) -> None:
         ("/v1/streams/{stream_id}/append", "post"),
     }
     append = paths["/v1/streams/{stream_id}/append"]["post"]
-    assert {"200", "400", "401", "404", "409"} <= set(append["responses"])
+    assert {"200", "400", "401", "404", "409", "429"} <= set(append["responses"])
     assert set(append["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     models = schema["components"]["schemas"]
     for name in ("CreateStream", "Append", "Generate", "StreamInfo", "Appended", "AppendUsage"):

@@ -5,10 +5,12 @@ standard deviation near 1.5) and its output outweighs the embedding, so each tok
 keys anywhere in the cache, and the logits are spread far enough that greedy near-ties are rare.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -77,6 +79,30 @@ def write_tiny_llama(folder: Path, shape: TinyLlama) -> Path:
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_tiny_lora(folder: Path, shape: TinyLlama, rank: int = 4) -> Path:
+    """Write a LoRA adapter for ``shape`` whose answers differ from the model's at once."""
+    generator = torch.Generator().manual_seed(shape.seed + 1)
+    weights = {}
+    for layer in range(shape.layers):
+        for name, heads in (("q_proj", shape.heads), ("v_proj", shape.kv_heads)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            into = torch.randn(rank, shape.hidden, generator=generator) / shape.hidden**0.5
+            out_of = torch.randn(heads * shape.head_size, rank, generator=generator) / rank**0.5
+            weights[f"{prefix}.lora_A.weight"], weights[f"{prefix}.lora_B.weight"] = into, out_of
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 4 * rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

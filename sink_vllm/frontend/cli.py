@@ -79,9 +79,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "sink_streams": {
         "type": int,
         "metavar": "STREAMS",
-        "help": "Most streams that /v1/streams remembers at once; the least recently used one "
-        "is forgotten first. The endpoint is loaded when VLLM_PLUGINS names sink_vllm. "
-        "Default: 256.",
+        "help": "Most streams that /v1/streams remembers at once; the client that holds the most "
+        "loses its least recently used one first. The endpoint is loaded when VLLM_PLUGINS names "
+        "sink_vllm. Default: 256.",
     },
     "sink_streams_idle": {
         "type": int,
@@ -92,7 +92,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": int,
         "metavar": "TOKENS",
         "help": "Most tokens that /v1/streams remembers of all its streams together, at four "
-        "bytes each; the least recently used stream is forgotten first. Default: 67108864.",
+        "bytes each; the client that holds the most loses its least recently used stream first. "
+        "Default: 67108864.",
     },
 }
 

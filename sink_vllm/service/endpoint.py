@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from vllm import envs
+from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import (
+    load_aware_call,
+    validate_json_request,
+    with_cancellation,
+)
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import VLLMError
 from vllm.logger import init_logger
 
 from sink_vllm.frontend.lengths import policy_of
+from sink_vllm.service.clients import client_name
+from sink_vllm.service.metrics import show
 from sink_vllm.service.models import (
     Append,
     Appended,
@@ -26,7 +35,7 @@ from sink_vllm.service.models import (
     Delta,
     StreamInfo,
 )
-from sink_vllm.service.service import StreamService
+from sink_vllm.service.service import Refused, StreamService
 from sink_vllm.service.store import BusyStream, NoRoom, UnknownStream
 from sink_vllm.service.turn import Turn
 
@@ -39,6 +48,7 @@ router = APIRouter(tags=["streams"])
 
 _STATE = "streaming_llm_streams"
 _DONE = "data: [DONE]\n\n"
+_RETRY_AFTER = 1  # second: turns end at any time
 _EVENT = {
     "type": "object",
     "description": "A server-sent event: `Delta`, the account, or the text `[DONE]`.",
@@ -75,7 +85,19 @@ def service_of(raw_request: Request) -> StreamService:
     return service
 
 
+def client_of(raw_request: Request) -> str:
+    """Whose share of the server's streams a request is for."""
+    args = raw_request.app.state.args
+    return client_name(
+        raw_request.headers.get("Authorization"),
+        None if raw_request.client is None else raw_request.client.host,
+        # As vLLM decides whether to check them.
+        keys_checked=any(args.api_key or [envs.VLLM_API_KEY]),
+    )
+
+
 Service = Annotated[StreamService, Depends(service_of)]
+Client = Annotated[str, Depends(client_of)]
 
 
 @router.post(
@@ -86,20 +108,20 @@ Service = Annotated[StreamService, Depends(service_of)]
     responses=_errors(HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS),
     dependencies=[Depends(validate_json_request)],
 )
-async def create_stream(request: CreateStream, service: Service) -> StreamInfo:
-    """The least recently used stream is forgotten when there is no room for another.
+async def create_stream(
+    request: CreateStream, service: Service, client: Client
+) -> StreamInfo | JSONResponse:
+    """When there is no room, the client that holds the most loses its least recently used stream.
 
     A forgotten stream is created again by sending its messages, text or tokens: what the prefix
     cache still has of them is not computed again.
     """
     try:
-        return service.info(await service.create(request))
+        return service.info(await service.create(client, request))
+    except Refused as refused:
+        return _answer(refused.answer)
     except NoRoom as error:
-        raise HTTPException(
-            HTTPStatus.TOO_MANY_REQUESTS,
-            f"All {service.store.most_streams} streams of this server (--sink-streams) are being "
-            "appended to; try again when one of them has ended its turn.",
-        ) from error
+        return _no_room(error, service)
 
 
 @router.post(
@@ -110,14 +132,15 @@ async def create_stream(request: CreateStream, service: Service) -> StreamInfo:
         HTTPStatus.OK.value: {
             "model": Appended,
             "description": "The account of the turn; with `stream`, events of type Delta, then "
-            "the account, then `[DONE]`.",
+            "the account or an error, then `[DONE]`.",
             "content": {"text/event-stream": {"schema": _EVENT}},
         },
-        **_errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
+        **_errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS),
     },
     dependencies=[Depends(validate_json_request)],
 )
 @with_cancellation
+@load_aware_call
 async def append(
     stream_id: _StreamId, request: Append, raw_request: Request, service: Service
 ) -> JSONResponse | StreamingResponse:
@@ -127,19 +150,23 @@ async def append(
     until then stays part of the stream, a single answer that nobody has read does not.
     """
     try:
-        turn = await service.append(stream_id, request)
+        turn = await service.append(stream_id, request, raw_request)
     except UnknownStream as error:
         raise _unknown(stream_id) from error
     except BusyStream as error:
         raise _busy(stream_id) from error
+    except Refused as refused:
+        return _answer(refused.answer)
+    except NoRoom as error:
+        return _no_room(error, service)
     if request.stream:
-        return _TurnResponse(turn, _events(turn, request))
+        return _TurnResponse(turn, request, raw_request.app.state.args.sse_keep_alive_interval)
     try:
         texts = [text async for text, _ in turn.deltas()]
+        text = None if request.generate is None else "".join(texts)
+        return JSONResponse(turn.finish(text).model_dump())
     finally:
         await turn.close()
-    text = None if request.generate is None else "".join(texts)
-    return JSONResponse(turn.result(text).model_dump())
 
 
 @router.get(
@@ -180,30 +207,57 @@ async def _events(turn: Turn, request: Append) -> AsyncGenerator[str, None]:
             async for text, token_ids in deltas:
                 delta = Delta(text=text, token_ids=token_ids if request.return_token_ids else None)
                 yield f"data: {delta.model_dump_json()}\n\n"
+        last: Appended | ErrorResponse = turn.finish(None)
     except VLLMError as error:  # the response has begun: all that is left is to say so
-        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-
-        await turn.close()
-        yield f"data: {create_error_response(error).model_dump_json()}\n\n"
-    else:
-        await turn.close()
-        yield f"data: {turn.result(None).model_dump_json()}\n\n"
+        turn.end()
+        last = create_error_response(error)
+    yield f"data: {last.model_dump_json()}\n\n"
     yield _DONE
 
 
 class _TurnResponse(StreamingResponse):
-    """Closes its turn even if the client leaves before the first event."""
+    """Ends its turn however it ends, even if the client leaves before the first event."""
 
-    def __init__(self, turn: Turn, events: AsyncGenerator[str, None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._turn, self._events = turn, events
+    def __init__(self, turn: Turn, request: Append, keep_alive: float) -> None:
+        """
+        Args:
+            turn: started.
+            request: what it does.
+            keep_alive: vLLM's ``--sse-keep-alive-interval``, in seconds; 0 is off.
+        """
+        self._turn = turn
+        self._events = with_sse_keep_alive(_events(turn, request), keep_alive)
+        super().__init__(self._events, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._events.aclose()
-            await self._turn.close()
+            self._turn.end()
+            try:
+                await self._events.aclose()
+            finally:
+                await self._turn.close()
+
+
+def _answer(error: ErrorResponse, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error.model_dump(), status_code=error.error.code, headers=headers)
+
+
+def _no_room(error: NoRoom, service: StreamService) -> JSONResponse:
+    store = service.store
+    option, most = {
+        "streams": ("--sink-streams", store.most_streams),
+        "tokens": ("--sink-streams-tokens", store.most_tokens),
+    }[error.resource]
+    message = (
+        f"This client has its share of the {most} {error.resource} that the server remembers "
+        f"({option}={most}), and nothing can be forgotten for it while others append; try again "
+        "when one of your turns has ended, or delete a stream."
+    )
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    answer = create_error_response(message, status.phrase, status)
+    return _answer(answer, {"Retry-After": f"{_RETRY_AFTER}"})
 
 
 def _unknown(stream_id: str) -> HTTPException:
@@ -243,9 +297,8 @@ class StreamsPlugin:
                 f"{args.api_server_count}; start the server with --api-server-count 1."
             )
         else:
-            service = StreamService(
-                engine_client, state.openai_serving_models, state.online_renderer
-            )
+            service = StreamService(state.openai_serving_completion)
+            show(service.store, state.openai_serving_models.model_name())
             if not engine_client.vllm_config.cache_config.enable_prefix_caching:
                 logger.warning(
                     "/v1/streams without prefix caching computes the whole stream with every "

@@ -101,8 +101,12 @@ class Generate(_Request):
     top_k: int | None = Field(default=None, ge=-1, le=_MOST, description="Most likely tokens.")
     min_p: float | None = Field(default=None, ge=0, le=1, description="Relative to the likeliest.")
     seed: int | None = Field(default=None, ge=0, le=_MOST, description="For repeatable sampling.")
-    presence_penalty: float = Field(default=0, ge=-2, le=2, description="As in OpenAI's API.")
-    frequency_penalty: float = Field(default=0, ge=-2, le=2, description="As in OpenAI's API.")
+    presence_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="As in OpenAI's API."
+    )
+    frequency_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="As in OpenAI's API."
+    )
     repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="1 is none.")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, max_length=16, description="Texts that end the output."

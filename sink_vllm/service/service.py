@@ -12,9 +12,14 @@ import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
+from vllm.entrypoints.generate.base.protocol import (
+    RequestResponseMetadata,
+    validate_cache_salt,
+)
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -31,25 +36,39 @@ from sink_vllm.service.models import (
     Generate,
     StreamInfo,
 )
-from sink_vllm.service.store import StoredStream, StreamStore
+from sink_vllm.service.store import StoredStream, StreamStore, TooLarge, Waiting
 from sink_vllm.service.turn import Turn
 
 if TYPE_CHECKING:
-    from vllm.engine.protocol import EngineClient
+    from fastapi import Request
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+
+class Refused(Exception):
+    """vLLM's own answer to a request, where its handlers return it and do not raise it."""
+
+    def __init__(self, answer: "ErrorResponse") -> None:
+        super().__init__(answer.error.message)
+        self.answer = answer
 
 
 class StreamService:
-    """The streams of one API server."""
+    """The streams of one API server.
 
-    def __init__(self, engine_client: "EngineClient", models: Any, renderer: Any) -> None:
+    Whatever ``vllm serve`` was told about all requests (limits, defaults, models, logging) is
+    applied by the server's own handler of ``/v1/completions``, method by method.
+    """
+
+    def __init__(self, handler: "OpenAIServingCompletion") -> None:
         """
         Args:
-            engine_client: of a server under the policy.
-            models: vLLM's ``OpenAIServingModels``.
-            renderer: vLLM's ``OnlineRenderer``.
+            handler: of a server under the policy.
         """
-        self._engine, self._models, self._renderer = engine_client, models, renderer
-        self._config = engine_client.vllm_config
+        self._handler = handler
+        self._models: Any = handler.models
+        self._renderer: Any = handler.online_renderer
+        self._config = handler.engine_client.vllm_config
         policy, options = policy_of(self._config), SinkOptions.parse(self._config.additional_config)
         assert policy is not None
         assert options is not None
@@ -60,15 +79,17 @@ class StreamService:
             idle_seconds=options.sink_streams_idle,
         )
 
-    async def create(self, request: CreateStream) -> StoredStream:
-        """A new stream; raises vLLM's own errors for what is wrong with it, and ``NoRoom``."""
-        model = request.model or self._models.base_model_paths[0].name
-        names = [base.name for base in self._models.base_model_paths]
-        if model not in (*names, *self._models.lora_requests):
-            raise VLLMNotFoundError(
-                f"The model {model!r} does not exist; this server has "
-                f"{', '.join([*names, *self._models.lora_requests])}."
-            )
+    async def create(self, client: str, request: CreateStream) -> StoredStream:
+        """A new stream of ``client``.
+
+        Raises:
+            Refused: there is no such model.
+            NoRoom: see there.
+            VLLMError: the content or the options are refused.
+        """
+        model = request.model or self._models.model_name()
+        await self.check_model(model)
+        validate_cache_salt(request.cache_salt)
         options, messages = request.options(), request.first_messages()
         if request.sink_pin == "system" and not any(m["role"] == "system" for m in messages):
             raise VLLMValidationError(
@@ -81,30 +102,64 @@ class StreamService:
         apply_options(SamplingParams(extra_args=others), None, self._config)
         schedule = RequestPolicy.parse(others, self.policy)
         tokens = await self._tokens_of(request, first=True)
-        stream = self.store.create(model, schedule, options, request.cache_salt)
-        stream.pending = messages
-        stream.tokens.extend(tokens)
+        try:
+            stream = self.store.create(
+                client,
+                model,
+                schedule,
+                options,
+                cache_salt=request.cache_salt,
+                tokens=tokens,
+                pending=[Waiting(each["role"], each["content"].encode()) for each in messages],
+            )
+        except TooLarge as error:
+            raise VLLMValidationError(
+                f"A stream that begins with {error.tokens} tokens (messages count as one for each "
+                f"4 bytes, and 64 for each message) leaves no room to append to it: the server "
+                f"remembers --sink-streams-tokens={self.store.most_tokens} of all streams "
+                "together; send less, or start the server with more."
+            ) from error
         if tokens:
             stream.tail, stream.open = "assistant", True
-        self.store.release(stream)
         return stream
 
-    async def append(self, stream_id: str, request: Append) -> Turn:
+    async def append(
+        self, stream_id: str, request: Append, raw_request: "Request | None" = None
+    ) -> Turn:
         """Append and, if asked to, generate; the turn must be closed.
 
         Raises:
             UnknownStream: see there.
             BusyStream: see there.
+            NoRoom: see there.
+            Refused: the stream's model is no longer there; the stream is as it was.
             VLLMError: the content or the options are refused; the stream is as it was.
         """
-        stream = self.store.acquire(stream_id)
-        turn = Turn(self, stream, request)
+        turn = Turn(self, self.store.acquire(stream_id), request, raw_request)
         try:
             await turn.start()
         except BaseException:  # also when the client goes away
             await turn.close()
             raise
         return turn
+
+    async def check_model(self, model: str) -> None:
+        """As every handler of vLLM does, which may also load an adapter.
+
+        Raises:
+            Refused: there is no such model or adapter, or no longer.
+        """
+        answer = await self._handler._check_model(_asking_for(model))
+        if answer is not None:
+            raise Refused(answer)
+
+    def check_engine(self) -> None:
+        """As every handler of vLLM does before it renders.
+
+        Raises:
+            VLLMError: the engine is dead, or its queue is full.
+        """
+        self._handler._preflight()
 
     def info(self, stream: StoredStream) -> StreamInfo:
         """What ``GET`` says."""
@@ -136,7 +191,7 @@ class StreamService:
         answer = request.generate is not None
         messages = [message.model_dump() for message in request.messages or ()]
         if stream.tail is None and (stream.pending or messages):
-            all_messages = [*stream.pending, *messages]
+            all_messages = [*(waiting.message() for waiting in stream.pending), *messages]
             first = await self._first(stream, all_messages, answer and not request.is_raw)
             return [*first, *await self._tokens_of(request, first=False)]
         if stream.tail is not None and (messages or not (request.is_raw or stream.open)):
@@ -194,28 +249,79 @@ class StreamService:
         tokens: list[int] = prompt["prompt_token_ids"]
         return tokens
 
-    def params(self, stream: StoredStream, generate: Generate | None, room: int) -> SamplingParams:
-        """Sampling parameters of a turn that may bring ``room`` tokens."""
+    def params(
+        self, stream: StoredStream, generate: Generate | None, position: int
+    ) -> SamplingParams:
+        """Sampling parameters of a turn that generates behind ``position`` tokens.
+
+        Raises:
+            VLLMValidationError: the stream would become longer than anything may be.
+        """
+        room = self.store.most_tokens - position
         if generate is None:  # the engine computes a prompt only to sample behind it
             params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+            least = 1
         else:
+            defaults = self._handler.default_sampling_params
+            most = get_max_tokens(
+                self._handler.model_config.max_model_len,
+                generate.max_tokens,
+                position,
+                defaults,
+                self._handler.override_max_tokens,
+            )
+            least = most
+            if generate.max_tokens is None:
+                left = room if stream.schedule is not None else self.policy.capacity - position
+                least, most = 1, max(min(most, room, left), 1)
             given = generate.model_dump(exclude_none=True)
-            most = generate.max_tokens or (None if stream.schedule is None else room)
-            defaults = self._config.model_config.get_diff_sampling_param()
             params = CompletionRequest.model_validate(
                 {"prompt": "a", **given, "stream": True}
-            ).to_sampling_params(most, defaults)  # type: ignore[arg-type]
+            ).to_sampling_params(most, defaults)
+        if least > room:
+            raise VLLMValidationError(
+                f"max_tokens={least} behind a stream of {position} tokens is more than the "
+                f"{self.store.most_tokens} tokens this server remembers of its streams "
+                "(--sink-streams-tokens); use fewer, or create a new stream."
+            )
         params.output_kind = RequestOutputKind.DELTA
         params.extra_args = dict(stream.options) or None
         return params
 
-    def outputs(
-        self, stream: StoredStream, tokens: list[int], params: SamplingParams
+    async def outputs(
+        self,
+        stream: StoredStream,
+        tokens: list[int],
+        params: SamplingParams,
+        raw_request: "Request | None",
     ) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs for ``tokens`` as the whole stream."""
-        return self._engine.generate(
-            tokens_input(tokens, cache_salt=stream.cache_salt),
+        handler = self._handler
+        request = _asking_for(stream.model)
+        request_id = f"append-{handler._base_request_id(raw_request, request.request_id)}"
+        headers = None
+        if raw_request is not None:
+            raw_request.state.request_metadata = RequestResponseMetadata(request_id=request_id)
+            headers = await handler._get_trace_headers(raw_request.headers)
+        prompt = tokens_input(tokens, cache_salt=stream.cache_salt)
+        adapter = handler._maybe_get_adapters(request)
+        handler._log_inputs(request_id, prompt, params=params, lora_request=adapter)
+        return handler.engine_client.generate(
+            prompt,
             params,
-            f"{stream.id}-{stream.turns}",
-            lora_request=self._models.lora_requests.get(stream.model),
+            request_id,
+            lora_request=adapter,
+            trace_headers=headers,
+            priority=handler._get_priority(request, raw_request),
+            data_parallel_rank=handler._get_data_parallel_rank(raw_request),
+            session_id=handler._get_session_id(request, raw_request),
         )
+
+    def raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
+        """vLLM's own error for the finish reason that stands for one."""
+        self._handler._raise_if_error(finish_reason, request_id)
+
+
+def _asking_for(model: str) -> CompletionRequest:
+    """A request for ``model``, for what vLLM looks up in requests."""
+    return CompletionRequest.model_validate({"model": model, "prompt": "a"})

@@ -1,8 +1,10 @@
 """The streams a server remembers: token ids and options, bounded in number, tokens and time.
 
 What is kept is what the engine needs to find a stream's pages again: its token ids, four bytes
-each. The pages themselves belong to the prefix cache, so that a stream nobody appends to holds no
-memory of the accelerator. Imports neither torch nor vLLM.
+each, and the messages that wait for the first append. The pages themselves belong to the prefix
+cache, so that a stream nobody appends to holds no memory of the accelerator. Which stream is
+forgotten for another one is decided by ``sink_vllm.service.shares``. Imports neither torch nor
+vLLM.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ import secrets
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sink_vllm.schedule import Schedule
+from sink_vllm.service.shares import Resource, Shares
+
+TOKEN_BYTES = 4
+MESSAGE_TOKENS = 64
+"""What a waiting message counts as beside its text: the objects it is kept in."""
 
 
 class UnknownStream(LookupError):
@@ -27,7 +34,34 @@ class BusyStream(RuntimeError):
 
 
 class NoRoom(RuntimeError):
-    """Every remembered stream is in use."""
+    """The client has more than its share, and nothing of what is too much can be forgotten."""
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__(resource)
+        self.resource: Resource = resource
+
+
+class TooLarge(ValueError):
+    """The stream alone takes more tokens than are remembered of all."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.tokens = tokens
+
+
+class Waiting(NamedTuple):
+    """A chat message that the first append will compute, kept as UTF-8."""
+
+    role: str
+    content: bytes
+
+    @property
+    def size(self) -> int:
+        """In tokens of the same memory, whatever its text will be tokenized to."""
+        return -(-len(self.content) // TOKEN_BYTES) + MESSAGE_TOKENS
+
+    def message(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content.decode()}
 
 
 @dataclass(slots=True)
@@ -35,6 +69,8 @@ class StoredStream:
     """One stream; all counts in tokens."""
 
     id: str
+    client: str
+    """Whose share it is taken from: of who created it."""
     model: str
     schedule: Schedule | None
     """``None`` for a stream with ``kv_policy="full"``."""
@@ -46,7 +82,7 @@ class StoredStream:
     """Of the store's clock, in seconds."""
     cache_salt: str | None = None
     tokens: array[int] = field(default_factory=lambda: array("i"))
-    pending: list[dict[str, str]] = field(default_factory=list)
+    pending: tuple[Waiting, ...] = ()
     """Messages that the next ones are rendered together with."""
     tail: str | None = None
     """Role of the message the stream ends with; ``None`` while there are no tokens."""
@@ -56,6 +92,13 @@ class StoredStream:
     """The last token was generated, and is computed with what follows it."""
     turns: int = 0
     busy: bool = False
+    counted: int = 0
+    """What the store has counted it as."""
+
+    @property
+    def size(self) -> int:
+        """Tokens, and what waits to become tokens."""
+        return len(self.tokens) + sum(message.size for message in self.pending)
 
     @property
     def computed(self) -> int:
@@ -71,7 +114,11 @@ class StoredStream:
 
 
 class StreamStore:
-    """Streams by id, the least recently used one first."""
+    """Streams by id.
+
+    A stream in use is never forgotten. While streams are in use the limits can therefore be
+    exceeded: by what they held when their turns began and by the turn that ended last.
+    """
 
     def __init__(
         self,
@@ -85,43 +132,61 @@ class StreamStore:
         self.most_tokens = most_tokens
         self.idle_seconds = idle_seconds
         self.clock = clock
-        self._streams: OrderedDict[str, StoredStream] = OrderedDict()
-        self._tokens = 0
+        self._streams: dict[str, StoredStream] = {}
+        self._idle: OrderedDict[str, StoredStream] = OrderedDict()  # least recently used first
+        self._shares = Shares({"streams": most_streams, "tokens": most_tokens})
 
     def __len__(self) -> int:
         return len(self._streams)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all streams together."""
-        return self._tokens
+        """Of all streams together, waiting messages and all; of a stream in use, as it was."""
+        return self._shares.total("tokens")
+
+    @property
+    def in_use(self) -> int:
+        """Streams somebody is appending to."""
+        return len(self._streams) - len(self._idle)
 
     def create(
         self,
+        client: str,
         model: str,
         schedule: Schedule | None,
         options: dict[str, Any],
+        *,
         cache_salt: str | None = None,
+        tokens: Sequence[int] = (),
+        pending: Iterable[Waiting] = (),
     ) -> StoredStream:
-        """A new stream, at the cost of the least recently used one when there is no room.
+        """A new stream, at the cost of others when there is no room.
 
         Raises:
-            NoRoom: as many streams as may be remembered, and all in use.
+            TooLarge: nothing could ever be appended to it.
+            NoRoom: see there.
         """
-        self._forget_idle()
-        while len(self._streams) >= self.most_streams:
-            if not self._forget_one():
-                raise NoRoom
         stream = StoredStream(
             id=f"stream-{secrets.token_hex(16)}",
+            client=client,
             model=model,
             schedule=schedule,
             options=options,
             created=time.time(),
             used=self.clock(),
             cache_salt=cache_salt,
+            tokens=array("i", tokens),
+            pending=tuple(pending),
         )
+        if stream.size >= self.most_tokens:
+            raise TooLarge(stream.size)
+        self.forget_idle()
         self._streams[stream.id] = stream
+        self._shares.add(client, streams=1, tokens=0)
+        self._settle(stream, asks=True)
+        if resource := self._shares.refused(client):
+            self._drop(stream)
+            raise NoRoom(resource)
         return stream
 
     def get(self, stream_id: str) -> StoredStream:
@@ -130,7 +195,7 @@ class StreamStore:
         Raises:
             UnknownStream: see there.
         """
-        self._forget_idle()
+        self.forget_idle()
         if stream_id not in self._streams:
             raise UnknownStream(stream_id)
         return self._streams[stream_id]
@@ -141,21 +206,24 @@ class StreamStore:
         Raises:
             UnknownStream: see there.
             BusyStream: see there.
+            NoRoom: see there; the stream stays.
         """
         stream = self.get(stream_id)
         if stream.busy:
             raise BusyStream(stream_id)
+        self._make_room(stream, asks=True)
+        if resource := self._shares.refused(stream.client):
+            raise NoRoom(resource)
         stream.busy = True
+        del self._idle[stream.id]
+        self._shares.in_use(stream.client, stream.id)
         return stream
 
     def release(self, stream: StoredStream) -> None:
         """The most recently used stream from now on; others go if there are too many tokens."""
         stream.busy = False
         stream.used = self.clock()
-        self._streams.move_to_end(stream.id)
-        self._tokens = sum(len(each.tokens) for each in self._streams.values())
-        while self._tokens > self.most_tokens and self._forget_one(spare=stream):
-            pass
+        self._settle(stream, asks=False)
 
     def remove(self, stream_id: str) -> None:
         """Forget a stream.
@@ -173,20 +241,29 @@ class StreamStore:
         """Seconds until an unused stream is forgotten."""
         return stream.used + self.idle_seconds - self.clock()
 
-    def _forget_idle(self) -> None:
-        for stream in list(self._streams.values()):
+    def forget_idle(self) -> None:
+        """Forget what nobody has used for too long; every method does that first."""
+        while self._idle:
+            stream = next(iter(self._idle.values()))
             if self.expires_in(stream) > 0:
                 return  # the others were used later
-            if not stream.busy:
-                self._drop(stream)
+            self._drop(stream)
 
-    def _forget_one(self, spare: StoredStream | None = None) -> bool:
-        for stream in self._streams.values():
-            if not stream.busy and stream is not spare:
-                self._drop(stream)
-                return True
-        return False
+    def _settle(self, stream: StoredStream, *, asks: bool) -> None:
+        """``stream`` is as long as it is, and not in use; others go if that is too much."""
+        size = stream.size
+        self._shares.add(stream.client, streams=0, tokens=size - stream.counted)
+        stream.counted = size
+        self._idle[stream.id] = stream
+        self._shares.used(stream.client, stream.id)
+        self._make_room(stream, asks=asks)
+
+    def _make_room(self, spare: StoredStream, *, asks: bool) -> None:
+        while other := self._shares.giving_way(spare.client, spare.id, asks=asks):
+            self._drop(self._streams[other])
 
     def _drop(self, stream: StoredStream) -> None:
         del self._streams[stream.id]
-        self._tokens -= len(stream.tokens)
+        del self._idle[stream.id]
+        self._shares.in_use(stream.client, stream.id)
+        self._shares.add(stream.client, streams=-1, tokens=-stream.counted)
