@@ -35,6 +35,9 @@ class PageLedger:
         self.spare = 0
         """Free pages nobody has been promised: how many may be spent in this step on keeping
         pages in the prefix cache that their only owner is about to change."""
+        self.fresh: set[int] = set()
+        """Pages that entered the prefix cache in this step: their content is computed after its
+        moves have run, so no move may read them."""
         self._tables: dict[int, Mapping[str, list[KVCacheBlock]]] = {}
         self._sinks: dict[int, dict[str, list[KVCacheBlock]]] = {}
         self._moves: dict[str, list[PageMove]] = {}
@@ -66,11 +69,19 @@ class PageLedger:
         """Its sink pages; ``None`` before the first eviction."""
         return self._sinks[group].get(request_id)
 
+    def num_pinned(self, request_id: str) -> int:
+        """Its sink pages in all groups."""
+        return sum(len(sinks.get(request_id, ())) for sinks in self._sinks.values())
+
     def unpin(self, group: int, request_id: str) -> list[KVCacheBlock]:
         """Give the references back to the caller."""
         return self._sinks[group].pop(request_id, [])
 
     # -- the step that is being planned -----------------------------------------------------
+
+    def begin(self) -> None:
+        """A step begins to be planned."""
+        self.fresh.clear()
 
     def num_owners(self, block: KVCacheBlock) -> int:
         """Requests that own a page.

@@ -24,12 +24,20 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
 
 from sink_vllm.plan import PageMove
 from sink_vllm.schedule import EvictionPages, RopeAnchors, Schedule
 from sink_vllm.scheduler.dropped import CopiedPages
 from sink_vllm.scheduler.ledger import PageLedger
-from sink_vllm.scheduler.page_change import ALL_PAGES, cached_pages, move_of, rewritten
+from sink_vllm.scheduler.page_change import (
+    ALL_PAGES,
+    cached_pages,
+    is_movable,
+    move_of,
+    note_fresh,
+    rewritten,
+)
 from sink_vllm.scheduler.spec import StreamingLLMSpec
 
 
@@ -175,7 +183,7 @@ class StreamingLLMManager(FullAttentionManager):
 
     def is_cached(self, block_hash: BlockHash) -> bool:
         """Whether the prefix cache has a page of every table that is looked up with this one."""
-        return self.block_pool.get_cached_block(block_hash, self.lookup_groups) is not None
+        return is_movable(self, self.ledger, block_hash, self.lookup_groups)
 
     def found(self, schedule: Schedule, hashes: Sequence[BlockHash], end: int) -> Resumption:
         """The cached pages that a stream is resumed from at a boundary ``find_resume`` gave."""
@@ -267,6 +275,13 @@ class StreamingLLMManager(FullAttentionManager):
         return self.anchors.reanchorings(evictions) - self.anchors.reanchorings(written)
 
     # -- what vLLM calls --------------------------------------------------------------------
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        before = self.num_cached_block.get(request.request_id, 0)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        after = self.num_cached_block.get(request.request_id, 0)
+        if after > before:
+            note_fresh(self.ledger, self.req_to_blocks[request.request_id], before, after)
 
     def stop_hashing(self, request_id: str) -> None:
         """Let no further page of a request into the prefix cache."""

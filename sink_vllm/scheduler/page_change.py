@@ -50,6 +50,19 @@ def rewritten(ledger: PageLedger, block: KVCacheBlock, reserved: int) -> KVCache
     return target
 
 
+def note_fresh(ledger: PageLedger, table: Sequence[KVCacheBlock], before: int, after: int) -> None:
+    """Entries ``[before, after)`` of a block table have just entered the prefix cache."""
+    ledger.fresh.update(block.block_id for block in table[before:after])
+
+
+def is_movable(
+    manager: SingleTypeKVCacheManager, ledger: PageLedger, block_hash: BlockHash, groups: list[int]
+) -> bool:
+    """Whether the prefix cache has a page in all ``groups`` that moves of this step may read."""
+    found = manager.block_pool.get_cached_block(block_hash, groups)
+    return found is not None and not any(block.block_id in ledger.fresh for block in found)
+
+
 def cached_pages(
     manager: SingleTypeKVCacheManager, hashes: Sequence[BlockHash]
 ) -> list[KVCacheBlock]:

@@ -170,6 +170,7 @@ class StreamingLLMMixin(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._passed_over, self._short_of_pages = 0, False
+        self.ledger.begin()
         if self._pause_state != PauseState.PAUSED_ALL:
             self._make_room()
         output = super().schedule(throttle_prefills)
@@ -488,7 +489,7 @@ class StreamingLLMMixin(Scheduler):
         """The longest chunk whose pages are its own or nobody's: windowed layers need more pages
         for a long chunk than they hold afterwards."""
         tables = self.recycler.tables
-        held = self.ledger.held(request.request_id)
+        held = self.ledger.held(request.request_id) - self.ledger.num_pinned(request.request_id)
         allowed = held + self.admission.needs(request.request_id) + max(self.admission.slack(), 0)
         processed = max(computed - request.num_in_flight_tokens, 0)
         # Windows of chunks in flight are kept until those are done; then one token always fits.

@@ -15,7 +15,14 @@ from vllm.v1.request import Request
 from sink_vllm.plan import PageMove
 from sink_vllm.schedule import Schedule, cdiv
 from sink_vllm.scheduler.ledger import PageLedger
-from sink_vllm.scheduler.page_change import ALL_PAGES, cached_pages, move_of, rewritten
+from sink_vllm.scheduler.page_change import (
+    ALL_PAGES,
+    cached_pages,
+    is_movable,
+    move_of,
+    note_fresh,
+    rewritten,
+)
 
 
 class StreamingLLMWindowManager(SlidingWindowManager):
@@ -104,13 +111,17 @@ class StreamingLLMWindowManager(SlidingWindowManager):
 
         A stream is resumed at the longest boundary that is cached, wherever that is.
         """
+        before = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(request, num_tokens, None, replay_boundaries=replay_boundaries)
+        after = self.num_cached_block.get(request.request_id, 0)
+        if after > before:
+            note_fresh(self.ledger, self.req_to_blocks[request.request_id], before, after)
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
     def is_cached(self, block_hash: BlockHash) -> bool:
         """Whether the prefix cache has a page of this table."""
-        return self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id]) is not None
+        return is_movable(self, self.ledger, block_hash, [self.kv_cache_group_id])
 
     def found(self, hashes: Sequence[BlockHash], end: int) -> list[KVCacheBlock]:
         """The cached pages that a stream is resumed from at a boundary ``find_resume`` gave."""
