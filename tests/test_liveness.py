@@ -80,7 +80,9 @@ def resend(watch: Watch, client: Client, new: int = 20, **keys: object) -> Clien
     return watch.send(f"{client.name} again", tokens, 5, **(client.keys | keys))
 
 
-ALIGNED = Settings(schedule=Schedule(sink_tokens=32, window=96, stride=32), block_size=32)  # C = 160
+ALIGNED = Settings(
+    schedule=Schedule(sink_tokens=32, window=96, stride=32), block_size=32
+)  # C = 160
 USUAL = Settings(schedule=Schedule(sink_tokens=4, window=92, stride=32), block_size=32)  # C = 128
 
 
