@@ -236,14 +236,10 @@ class Watch:
             client = self.clients[request_id]
             if client.blurred or client.ended:
                 continue
-            sinks = client.schedule.sink_tokens
-            begin = sinks + row.evicted
-            window = row.tokens[sinks:]
-            known = client.tokens[begin : begin + len(window)]  # the worker may be ahead
-            if row.tokens[:sinks] != client.tokens[:sinks] or window[: len(known)] != known:
-                raise Unfair("stream", f"{request_id} from {begin}: {row.tokens}, not {known}")
-            if len(window) - len(known) > 2:
-                raise Unfair("stream", f"{request_id}: {row.tokens} goes on after {known}")
+            sinks, tokens = client.schedule.sink_tokens, client.tokens
+            known = [*tokens[:sinks], *tokens[sinks + row.evicted :]][: len(row.tokens)]
+            if row.tokens[: len(known)] != known or len(row.tokens) - len(known) > 2:
+                raise Unfair("stream", f"{request_id} without {row.evicted}: {row.tokens}")
 
     def _check_account(self, client: Client) -> None:
         """Evictions depend on the length of the stream alone, whatever happened to it."""
