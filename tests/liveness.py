@@ -234,10 +234,10 @@ class Watch:
             return  # what was cut is not told to the workers
         for request_id, row in self.core.model.content.rows.items():
             client = self.clients[request_id]
-            if client.blurred or client.ended:
+            if client.blurred or client.ended or (row.evicted is None and client.report):
                 continue
             sinks, tokens = client.schedule.sink_tokens, client.tokens
-            known = [*tokens[:sinks], *tokens[sinks + row.evicted :]][: len(row.tokens)]
+            known = [*tokens[:sinks], *tokens[sinks + (row.evicted or 0) :]][: len(row.tokens)]
             if row.tokens[: len(known)] != known or len(row.tokens) - len(known) > 2:
                 raise Unfair("stream", f"{request_id} without {row.evicted}: {row.tokens}")
 

@@ -21,7 +21,8 @@ class Row:
     computed: int
     tables: list[list[int]]
     """Pages by KV cache group."""
-    evicted: int
+    evicted: int | None
+    """Stream minus cache positions; ``None``: not told, and runner V1 does not need it."""
 
 
 @dataclass(slots=True)
@@ -64,7 +65,8 @@ class PageContent:
     def _learn_new(self, planned: SchedulerOutput, plan: StepPlan) -> None:
         for data in planned.scheduled_new_reqs:
             resent = plan.resent.get(data.req_id)
-            tokens = data.prefill_token_ids  # runner V2
+            tokens = data.prefill_token_ids
+            unknown = None if tokens is None else 0  # runner V2 samples at stream positions
             if tokens is None:
                 outputs = resent.output_token_ids if resent is not None else []
                 tokens = [*(data.prompt_token_ids or ()), *outputs]
@@ -72,7 +74,7 @@ class PageContent:
                 list(tokens),
                 data.num_computed_tokens,
                 [list(pages) for pages in data.block_ids],
-                resent.evicted if resent is not None else 0,
+                resent.evicted if resent is not None else unknown,
             )
 
     def _learn_cached(self, planned: SchedulerOutput) -> None:
