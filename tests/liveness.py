@@ -28,9 +28,9 @@ from tests.scheduler_only import Core, Settings, check_integrity, leftovers
 IDLE_STEPS = 3
 """Steps in a row that may schedule nothing although a request could run: a preempted request comes
 back in the next step, not in the same."""
-WASTE = 12
+WASTE = 4
 """Tokens scheduled ÷ tokens that requests consist of: more is a livelock."""
-PATIENCE = 40
+PATIENCE = 20
 """Steps per token still to come after which a request that has not ended is starved."""
 
 
@@ -58,7 +58,8 @@ class Client:
     patient: bool = False
     """A session that holds still for as long as anybody else wants something."""
     received: int = 0
-    inputs: int = 1
+    blurred: bool = False
+    """Inputs were sent before the answer to the one before: ``tokens`` are in another order."""
     closing: bool = False
     """No input will follow the ones that have been sent."""
     ended: bool = False
@@ -118,8 +119,8 @@ class Watch:
 
     def extend(self, client: Client, tokens: Sequence[int], wanted: int) -> None:
         """The next input of a session."""
+        client.blurred |= not client.idle
         client.wanted += wanted
-        client.inputs += 1
         self.needed += len(tokens) + wanted
         self.core.send(client.name, tokens, wanted, resumable=True, **client.keys)
         # What it has been told last is no part of the stream; exactly known only when it is idle.
@@ -157,9 +158,8 @@ class Watch:
         try:
             self.core.reset_prefix_cache(reset_running_requests=running)
         except RuntimeError as error:
-            if not held:
+            if not held or "Failed to reset KV cache" not in str(error):
                 raise
-            assert "Failed to reset KV cache" in str(error)
             self.reach["resets refused"] += 1
         self.reach["resets"] += 1
 
@@ -177,14 +177,18 @@ class Watch:
         self._idle = self._idle + 1 if ready and not busy and not self._planned else 0
         if self._idle > IDLE_STEPS:
             names = [one.request_id for one in core.could_run()]
-            behind = " behind idle sessions" if any(c.idle for c in self.clients.values()) else ""
-            raise Unfair(f"hang{behind}", f"{self._idle} steps without a token for {names}")
+            raise self._stuck("hang", f"{self._idle} steps without a token for {names}")
         check_integrity(core)
         for output in outputs:
             self._hear(output)
+        self._check_streams()
         if self.scheduled > WASTE * self.needed:
-            raise Unfair("livelock", f"{self.scheduled} tokens scheduled for {self.needed}")
+            raise self._stuck("livelock", f"{self.scheduled} tokens scheduled for {self.needed}")
         return outputs
+
+    def _stuck(self, kind: str, text: str) -> Unfair:
+        behind = any(client.idle for client in self.clients.values())
+        return Unfair(f"{kind} behind idle sessions" if behind else kind, text)
 
     def _observe(self, planned: SchedulerOutput) -> None:
         self._planned = planned.total_num_scheduled_tokens
@@ -224,6 +228,19 @@ class Watch:
         if client.report and not client.session:
             self._check_account(client)
 
+    def _check_streams(self) -> None:
+        """The workers compute sinks and window of what the client sent and got, nothing else."""
+        if self.core.settings.truncate:
+            return  # what was cut is not told to the workers
+        for request_id, row in self.core.model.content.rows.items():
+            client = self.clients[request_id]
+            if client.blurred or client.ended or (row.evicted is None and client.report):
+                continue
+            sinks, tokens = client.schedule.sink_tokens, client.tokens
+            known = [*tokens[:sinks], *tokens[sinks + (row.evicted or 0) :]][: len(row.tokens)]
+            if row.tokens[: len(known)] != known or len(row.tokens) - len(known) > 2:
+                raise Unfair("stream", f"{request_id} without {row.evicted}: {row.tokens}")
+
     def _check_account(self, client: Client) -> None:
         """Evictions depend on the length of the stream alone, whatever happened to it."""
         length, schedule = len(client.tokens), client.schedule
@@ -238,7 +255,7 @@ class Watch:
         limit = self.steps + 30 + PATIENCE * owed
         while not done():
             if self.steps > limit:
-                raise Unfair("starved", f"after {self.steps} steps")
+                raise self._stuck("starved", f"after {self.steps} steps")
             self.step()
 
     @property

@@ -14,13 +14,15 @@ from sink_vllm.plan import StepPlan
 
 
 @dataclass(slots=True)
-class _Row:
+class Row:
     """A request in the worker's batch."""
 
     tokens: list[int]
     computed: int
     tables: list[list[int]]
     """Pages by KV cache group."""
+    evicted: int | None
+    """Stream minus cache positions; ``None``: not told, and runner V1 does not need it."""
 
 
 @dataclass(slots=True)
@@ -29,7 +31,7 @@ class PageContent:
 
     block_size: int
     windows: Sequence[int]
-    rows: dict[str, _Row] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
     pages: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Token ids by group and page; -1 where nothing was written."""
 
@@ -62,13 +64,18 @@ class PageContent:
 
     def _learn_new(self, planned: SchedulerOutput, plan: StepPlan) -> None:
         for data in planned.scheduled_new_reqs:
-            tokens = data.prefill_token_ids  # runner V2
+            resent = plan.resent.get(data.req_id)
+            tokens = data.prefill_token_ids
+            unknown = None if tokens is None else 0  # runner V2 samples at stream positions
             if tokens is None:
-                resent = plan.resent.get(data.req_id)
                 outputs = resent.output_token_ids if resent is not None else []
                 tokens = [*(data.prompt_token_ids or ()), *outputs]
-            tables = [list(pages) for pages in data.block_ids]
-            self.rows[data.req_id] = _Row(list(tokens), data.num_computed_tokens, tables)
+            self.rows[data.req_id] = Row(
+                list(tokens),
+                data.num_computed_tokens,
+                [list(pages) for pages in data.block_ids],
+                resent.evicted if resent is not None else unknown,
+            )
 
     def _learn_cached(self, planned: SchedulerOutput) -> None:
         cached = planned.scheduled_cached_reqs
@@ -107,7 +114,7 @@ class PageContent:
                 f"{request_id}, group {group}: its cache holds {found}, not {wanted}"
             )
 
-    def _write(self, row: _Row, chunk: int) -> None:
+    def _write(self, row: Row, chunk: int) -> None:
         size, end = self.block_size, row.computed + chunk
         assert end <= len(row.tokens), f"{end} of {len(row.tokens)} tokens"
         for group in range(len(self.windows)):

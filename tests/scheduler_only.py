@@ -229,13 +229,14 @@ class NoModel:
     def execute_model(self, planned: SchedulerOutput, non_block: bool = False) -> Future[Any]:
         """As a worker: an empty step is answered at once, others by ``sample_tokens``."""
         self.observe(planned)
+        sampling = self.content.execute(planned)  # an empty step may move pages, too
         future: Future[Any] = Future()
         if not planned.total_num_scheduled_tokens:
             future.set_result(EMPTY_MODEL_RUNNER_OUTPUT)
             return future
         assert self._sampling is None, "two steps without sampling"
         self._ids = list(planned.num_scheduled_tokens)
-        self._sampling = self.content.execute(planned)
+        self._sampling = sampling
         expected = [r for r in self._ids if not self.requests[r].is_prefill_chunk]
         assert self._sampling == expected, f"the scheduler waits for tokens of {expected}"
         future.set_result(None)

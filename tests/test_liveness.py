@@ -24,16 +24,17 @@ _PROCESSES = 2
 _PIECE = 250
 
 REACH = {
-    "evictions": 20,
-    "reanchorings": 2,
-    "resumptions": 0.2,
-    "preemptions": 0.5,
-    "sessions extended": 0.1,
+    "evictions": 3,
+    "reanchorings": 0.5,
+    "resends": 0.3,
+    "resumptions": 0.05,
+    "preemptions": 0.05,
+    "sessions extended": 0.03,
     "grammars": 0.1,
     "LoRA skips": 0.1,
     "aborts": 0.1,
     "resets": 0.1,
-    "pauses": 0.05,
+    "pauses": 0.03,
     "asynchronous": 0.3,
     "v2": 0.3,
     "truncate": 0.1,
@@ -282,6 +283,20 @@ def test_sessions_that_hold_still_do_not_stop_others(pool: str) -> None:
     watch.finish()
 
 
+def test_a_session_is_told_where_it_is_after_a_preemption() -> None:
+    """Runner V2 samples at stream positions: the next input must bring them along."""
+    watch = Watch(replace(USUAL, spare_pages=20, v2=True))
+    session = watch.send("session", random_tokens(300, 1), 20, session=True)
+    while session.received < 10:
+        watch.step()
+    watch.reset(running=True)
+    served(watch)
+
+    watch.extend(session, random_tokens(10, 2), 5)
+
+    watch.finish()
+
+
 def test_adapters_while_full_streams_drain() -> None:
     """A full stream skips a step before it evicts; its adapter still counts."""
     watch = Watch(replace(USUAL, spare_pages=60, asynchronous=True, max_loras=1))
@@ -307,6 +322,18 @@ def test_a_leak_is_found() -> None:
         spoil(watch.core)
         with pytest.raises(IntegrityError, match="page"):
             watch.step()
+
+
+def test_a_page_with_other_tokens_is_found() -> None:
+    """The negative control of the worker's check: a held page changes behind its owner's back."""
+    watch = Watch(USUAL)
+    watch.send("stream", random_tokens(40, 1), 20)
+    watch.step()
+    for page in watch.core.model.content.pages.values():
+        page[3] = -1
+
+    with pytest.raises(AssertionError, match="its cache holds"):
+        watch.step()
 
 
 def _lose_a_page(core: Core) -> None:
