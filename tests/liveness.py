@@ -236,6 +236,9 @@ class Watch:
             client = self.clients[request_id]
             if client.blurred or client.ended or (row.evicted is None and client.report):
                 continue
+            request = self.core.scheduler.requests.get(request_id)
+            if request is None or request.status != RequestStatus.RUNNING:
+                continue  # what a session goes on with is sent when it does
             sinks, tokens = client.schedule.sink_tokens, client.tokens
             known = [*tokens[:sinks], *tokens[sinks + (row.evicted or 0) :]][: len(row.tokens)]
             if row.tokens[: len(known)] != known or len(row.tokens) - len(known) > 2:
