@@ -19,9 +19,12 @@ PATCHING_MODULES = (
     "sink_vllm.frontend.pin",
     "sink_vllm.frontend.streams",
     "sink_vllm.scheduler.engine_core",
+    "sink_vllm.scheduler.checks",
+    "sink_vllm.worker.plans",
 )
-# Applied by the class that needs them, when it is used; their targets import optional packages.
-ON_DEMAND_MODULES = ("sink_vllm.ray.patches",)
+# Applied by who needs them: by a class whose targets import optional packages, when it is used, and
+# in the place of all the others beside a vLLM that these were not made for.
+ON_DEMAND_MODULES = ("sink_vllm.ray.patches", "sink_vllm.frontend.unsupported")
 
 
 def start_up_patches() -> tuple[Patch, ...]:
