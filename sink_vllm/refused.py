@@ -1,9 +1,10 @@
 """A start that is refused ends with one sentence, whatever was started and wherever it failed.
 
-``LLM(...)`` raises :class:`Refused`, a ``ValueError``. A command (``vllm serve`` and its like) ends
-with ``vllm serve: error: <sentence>`` and exit code 1, without a traceback. Engine cores and workers
-are other processes, whose traces vLLM prints itself; they leave their sentence in a file, so that the
-command can end with it behind vLLM's "see root cause above". Imports neither torch nor vLLM.
+``LLM(...)`` raises :class:`Refused`, a ``ValueError``. A command (``vllm serve`` and its like)
+ends with ``vllm serve: error: <sentence>`` and exit code 1, without a traceback. Engine cores and
+workers are other processes, whose traces vLLM prints itself; they leave their sentence in a file, so
+that the command can end with it, behind vLLM's "see root cause above". Imports neither torch nor
+vLLM.
 """
 
 import contextlib
@@ -18,8 +19,7 @@ from types import TracebackType
 _LAST_WORDS = "SINK_VLLM_LAST_WORDS"
 """Environment variable: where a child process leaves its sentence (a path, not yet a file)."""
 
-_commands: set[str] = set()
-"""Commands of this process, as their parsers call themselves: ``vllm serve``."""
+_COMMANDS_OF_COMMANDS = ("bench", "launch")
 
 
 class Refused(ValueError):
@@ -42,22 +42,14 @@ def refusals() -> Iterator[None]:
         raise Refused(str(error)) from error
 
 
-def end_commands_with_the_sentence(command: str) -> None:
-    """Let this process end in the way of a command if a start is refused. Idempotent.
-
-    Args:
-        command: its name, as the parser of its arguments has it.
-    """
-    if not _commands:
-        # Nothing of it exists before somebody is refused. Children inherit the variable.
-        path = Path(tempfile.gettempdir(), f"sink_vllm-refused-{secrets.token_hex(8)}")
-        os.environ.setdefault(_LAST_WORDS, str(path))
-        _chain_excepthook()
-    _commands.add(command)
-
-
-def _chain_excepthook() -> None:
+def end_with_the_sentence() -> None:
+    """Let this process end in the way of a command if a start is refused. Idempotent."""
     previous = sys.excepthook
+    if getattr(previous, "__module__", None) == __name__:
+        return
+    # There is no such file before somebody is refused. Children inherit the variable.
+    path = Path(tempfile.gettempdir(), f"sink_vllm-refused-{secrets.token_hex(8)}")
+    os.environ.setdefault(_LAST_WORDS, str(path))
 
     def excepthook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -75,10 +67,13 @@ def _chain_excepthook() -> None:
 
 
 def _command() -> str:
-    """What runs: the longest known name that the command line begins with."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    known = (name for name in _commands if name.split() == words[: len(name.split())])
-    return max(known, key=len, default=words[0])
+    """What runs, as its user would call it: ``vllm serve``, ``vllm bench latency``."""
+    program, *words = Path(sys.argv[0]).name, *sys.argv[1:]
+    if program != "vllm":
+        return program
+    return " ".join(
+        [program, *words[: 2 if words[:1] and words[0] in _COMMANDS_OF_COMMANDS else 1]]
+    )
 
 
 def _leave(sentence: str) -> None:

@@ -15,20 +15,23 @@ from tests.other_vllm import VLLM
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
-    **{"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 64, "vocab_size": 300},
+    "n_embd": 64,
+    "n_head": 2,
+    "n_layer": 2,
+    "n_positions": 64,
+    "vocab_size": 300,
 }
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is ``vllm serve``, for the time of a test."""
-    monkeypatch.setattr(refused, "_commands", set())
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.delenv(refused._LAST_WORDS, raising=False)
     monkeypatch.setenv(refused._LAST_WORDS, "")  # so that the test's own is taken back
     monkeypatch.delenv(refused._LAST_WORDS)
-    for name in ("vllm serve", "vllm bench latency", "vllm"):
-        refused.end_commands_with_the_sentence(name)
+    refused.end_with_the_sentence()
+    refused.end_with_the_sentence()  # once per parser that vLLM builds
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve", "some/model"])
 
 
@@ -43,9 +46,9 @@ def refuse(sentence: str) -> None:
 
 
 def test_errors_of_ours_are_refusals() -> None:
-    with pytest.raises(Refused, match="^no$"), refusals():
+    with pytest.raises(Refused, match=r"^no$"), refusals():
         raise ValueError("no")
-    with pytest.raises(Refused, match="^not at all$"), refusals():
+    with pytest.raises(Refused, match=r"^not at all$"), refusals():
         raise Refused("not at all")
     with pytest.raises(TypeError), refusals():
         raise TypeError
@@ -59,6 +62,28 @@ def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     uncaught(error.value)
 
     assert capsys.readouterr().err == "vllm serve: error: no\n"
+
+
+@pytest.mark.usefixtures("command")
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["/bin/vllm", "bench", "latency", "--model", "m"], "vllm bench latency"),
+        (["/bin/vllm", "run-batch", "-i", "f"], "vllm run-batch"),
+        (["/lib/api_server.py", "--model", "m"], "api_server.py"),
+    ],
+)
+def test_the_line_begins_with_the_command(
+    argv: list[str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+
+    uncaught(Refused("no"))
+
+    assert capsys.readouterr().err == f"{name}: error: no\n"
 
 
 @pytest.mark.usefixtures("command")

@@ -1,4 +1,4 @@
-"""Beside a vLLM that this release was not made for: stock without the flag, one sentence with it."""
+"""Beside a vLLM that this release was not made for: stock, or one sentence with the flag."""
 
 import json
 import subprocess

@@ -14,7 +14,7 @@ from typing import Any
 from sink_vllm.config import OPTION_KEYS, POLICY_KEY, flag
 from sink_vllm.patching import Patch
 from sink_vllm.plugin import refusal_of
-from sink_vllm.refused import Refused, end_commands_with_the_sentence
+from sink_vllm.refused import Refused, end_with_the_sentence
 
 
 def refuse_the_policy() -> None:
@@ -44,7 +44,7 @@ def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_cli_args(*args: Any, **kwargs: Any) -> Any:
         parser = original(*args, **kwargs)
         if isinstance(parser, argparse.ArgumentParser):
-            end_commands_with_the_sentence(parser.prog)
+            end_with_the_sentence()
             for key in OPTION_KEYS:
                 with contextlib.suppress(argparse.ArgumentError):  # this vLLM has it
                     parser.add_argument(

@@ -12,6 +12,7 @@ from sink_vllm.worker.layers import AttentionLayer, attention_layers, check_wind
 from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
 from sink_vllm.worker.rope_table import extend_rope_tables
+from sink_vllm.worker.scratch import Scratch
 
 # vLLM's two model runners have no common base; what the mixins call, both of them have.
 _Runner: Any = object
@@ -25,6 +26,7 @@ class StreamingLLMRunner(_Runner):
     rope_offsets: RopeOffsets
     attention_layers: list[AttentionLayer]
     page_mover: PageMover
+    page_scratch: Scratch
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -32,6 +34,11 @@ class StreamingLLMRunner(_Runner):
             self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
             self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
             extend_rope_tables(self.attention_layers, self._config.capacity)
+        self.page_scratch = Scratch(self.device)
+
+    def reserve_scratch(self) -> None:
+        """Allocate what page moves work in; to be called before memory is measured."""
+        self.page_scratch.reserve(self.get_kv_cache_spec().values())
 
     @property
     def _config(self) -> SinkConfig:
@@ -62,4 +69,5 @@ class StreamingLLMRunner(_Runner):
         for layer in self.attention_layers:
             layer.group = index_of[layer.name]
         check_windows(self.attention_layers)
+        self.reserve_scratch()  # where nothing is measured: workers that join a running engine
         self.page_mover = PageMover.for_runner(self)
