@@ -2,9 +2,9 @@
 
 ``LLM(...)`` raises :class:`Refused`, a ``ValueError``. A command (``vllm serve`` and its like)
 ends with ``vllm serve: error: <sentence>`` and exit code 1, without a traceback. Engine cores and
-workers are other processes, whose traces vLLM prints itself; they leave their sentence in a file, so
-that the command can end with it, behind vLLM's "see root cause above". Imports neither torch nor
-vLLM.
+workers are other processes, whose traces vLLM prints itself; they leave their sentence in a file,
+so that the command can end with it, behind vLLM's "see root cause above". Imports neither torch
+nor vLLM.
 """
 
 import contextlib

@@ -69,7 +69,9 @@ def test_batches_are_whole_pages() -> None:
 def test_pages_are_read_before_they_are_written() -> None:
     """A re-anchoring rotates the page that the head page of the same step is made from."""
     streams = range(0, 40, 10)
-    moves = [move for i in streams for move in (PageMove(i, i, 0, 32, -64), *_eviction(9, i, i + 1))]
+    moves = [
+        move for i in streams for move in (PageMove(i, i, 0, 32, -64), *_eviction(9, i, i + 1))
+    ]
 
     batches = list(independent_batches(moves, 3))
 

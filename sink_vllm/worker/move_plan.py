@@ -100,9 +100,9 @@ class MovePlan:
 def independent_batches(moves: Sequence[PageMove], pages: int) -> Iterator[Sequence[PageMove]]:
     """Split moves into batches that write at most ``pages`` pages each.
 
-    Batches run one after the other, so a page that one of them writes is read by none after it: whoever
-    reads it from elsewhere comes before. Pages that read each other in a circle, which no scheduler of
-    ours asks for, stay together as the last batch, however many they are.
+    Batches run one after the other, so a page that one of them writes is read by none after it:
+    whoever reads it from elsewhere comes before. Pages that read each other in a circle, which no
+    scheduler of ours asks for, stay together as the last batch, however many they are.
     """
     to_page: dict[int, list[PageMove]] = defaultdict(list)
     for move in moves:

@@ -2,8 +2,8 @@
 
 They exist before vLLM measures how much memory is left for the KV cache, so the pool is smaller by
 their size and the first eviction needs no memory that nobody has counted. A batch of moves never
-needs more (``pages_per_batch``); on a CPU vLLM's cache-write op takes dense copies of what it writes
-besides, for the moment.
+needs more (``pages_per_batch``); on a CPU vLLM's cache-write op takes dense copies of what it
+writes besides, for the moment.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ _BATCH_BYTES_GPU = 32 << 20
 
 PAGES, SOURCES, KEYS, HALF = "pages", "sources", "keys", "half of the keys"
 _SHARES = {PAGES: 1.0, SOURCES: 1.0, KEYS: 1.0, HALF: 0.5}
-"""The buffers, in batches: pages that are composed, pages laid over them, their keys in float32, and
-the half of the numbers that a rotation needs twice."""
+"""The buffers, in batches: pages that are composed, pages laid over them, their keys in float32,
+and the half of the numbers that a rotation needs twice."""
 
 
 class Scratch:
