@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.cpu import CpuPlatform
@@ -94,25 +95,26 @@ def test_a_platform_that_changes_the_configuration_is_found(
 
 def core_of(vllm_config: VllmConfig, specs: list[dict[str, Any]]) -> Any:
     """What an engine core is when its workers have started; the rest of it would start a model."""
-    core = EngineCore.__new__(EngineCore)
+    core: Any = EngineCore.__new__(EngineCore)
     core.vllm_config = vllm_config
-    core.model_executor = SimpleNamespace(get_kv_cache_specs=lambda: specs)  # type: ignore[assignment]
+    core.model_executor = SimpleNamespace(get_kv_cache_specs=lambda: specs)
     return core
 
 
 def spec_of(options: dict[str, Any] | None) -> dict[str, Any]:
     """What a worker with these options reports of one layer."""
-    plain = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=None)  # type: ignore[arg-type]
+    shape: dict[str, Any] = {
+        "block_size": 32,
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "dtype": torch.float32,
+    }
     if options is None:
-        return {"layer": plain}
+        return {"layer": FullAttentionSpec(**shape)}
     names = ("sink_tokens", "sink_window", "sink_stride")
     sinks, window, stride = (options[name] for name in names)
-    fields = {name: getattr(plain, name) for name in ("block_size", "num_kv_heads", "head_size")}
-    return {
-        "layer": StreamingLLMSpec(
-            **fields, dtype=None, sink_tokens=sinks, window=window, stride=stride, rope_rows=64
-        )
-    }
+    schedule = {"sink_tokens": sinks, "window": window, "stride": stride}
+    return {"layer": StreamingLLMSpec(**shape, **schedule, rope_rows=64)}
 
 
 def test_an_engine_core_whose_configuration_was_changed_does_not_start(config: VllmConfig) -> None:

@@ -1,6 +1,7 @@
 """Every patch has a record, every record a patch, and the records say what they must."""
 
 import ast
+import functools
 import inspect
 import pickle
 import re
@@ -135,7 +136,8 @@ def assigned_in(module: str, source: str) -> list[Assigned]:
             "__setattr__",
         ):
             base, name = node.args[:2]
-            spelled = name.value if isinstance(name, ast.Constant) else f"<{ast.unparse(name)}>"
+            given = ast.unparse(name)
+            spelled = given.strip("'") if isinstance(name, ast.Constant) else f"<{given}>"
             found.append(Assigned(module, ast.unparse(base), f"{ast.unparse(base)}.{spelled}"))
         while targets:
             target = targets.pop()
@@ -170,6 +172,7 @@ def _declares(change: ObjectChange, one: Assigned) -> bool:
     return _within(one.module, change.where) and re.fullmatch(pattern, one.what) is not None
 
 
+@functools.cache
 def _assigned() -> list[Assigned]:
     paths = sorted((ROOT / "sink_vllm").rglob("*.py"))
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]

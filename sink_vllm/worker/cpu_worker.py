@@ -78,7 +78,8 @@ class StreamingLLMCPUWorker(CPUWorker):
         self.model_runner.__class__ = ours[type(self.model_runner)]
 
     def determine_available_memory(self) -> int:
-        self.model_runner.reserve_scratch()
+        runner: Any = self.model_runner  # one of ours
+        runner.reserve_scratch()
         return super().determine_available_memory()
 
     def compile_or_warm_up_model(self) -> Any:

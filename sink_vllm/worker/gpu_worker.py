@@ -31,7 +31,8 @@ class StreamingLLMGPUWorker(Worker):
         return cls(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
-        self.model_runner.reserve_scratch()
+        runner: Any = self.model_runner  # one of ours
+        runner.reserve_scratch()
         return super().determine_available_memory()
 
     def compile_or_warm_up_model(self) -> Any:
