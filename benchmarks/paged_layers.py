@@ -109,17 +109,21 @@ class PagedLayers:
         module.isa = isa  # type: ignore[assignment]
         return module
 
-    def _bind(self) -> None:
-        """Allocate one buffer and give every layer its view, as the model runners do."""
-        spec = FullAttentionSpec(
+    @property
+    def spec(self) -> FullAttentionSpec:
+        """What a model runner would say of one of the layers."""
+        return FullAttentionSpec(
             block_size=self.block_size,
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,
             dtype=kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, self.config.model_config),
         )
+
+    def _bind(self) -> None:
+        """Allocate one buffer and give every layer its view, as the model runners do."""
         device = torch.device("cpu")
         views = kv_caches(
-            spec, self.names, self.blocks, self.layout, device, self.kernel_block_size
+            self.spec, self.names, self.blocks, self.layout, device, self.kernel_block_size
         )
         for name, module in zip(self.names, self.modules, strict=True):
             module.bind_kv_cache(views[name])

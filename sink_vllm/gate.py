@@ -6,6 +6,7 @@ The table is in :mod:`sink_vllm.refusals`, the reading of vLLM's configuration i
 
 from sink_vllm.facts import Facts
 from sink_vllm.refusals import REFUSALS
+from sink_vllm.refused import Refused
 
 
 def reason(facts: Facts) -> str | None:
@@ -17,11 +18,11 @@ def check(facts: Facts) -> None:
     """Refuse ``facts`` that the policy does not work with.
 
     Raises:
-        ValueError: one sentence with option, value, rule and way out.
+        Refused: one sentence with option, value, rule and way out.
     """
     refused = reason(facts)
     if refused is not None:
-        raise ValueError(refused)
+        raise Refused(refused)
 
 
 def markdown() -> str:

@@ -1,13 +1,19 @@
 """The entry point ``sink_vllm`` of group ``vllm.general_plugins``.
 
 vLLM calls :func:`register` once in every process: API servers, engine cores, workers. It changes
-nothing that a user without ``--kv-policy sink`` can observe, apart from the new flags.
+nothing that a user without ``--kv-policy sink`` can observe, apart from the new flags. Beside a
+vLLM it was not made for it does not even that: it warns, and refuses the policy (see
+``sink_vllm.frontend.unsupported``).
 """
 
+import logging
+import os
 import re
 from importlib.metadata import requires
 
 DISTRIBUTION = "sink-vllm"
+_WARNED = "SINK_VLLM_WARNED"
+"""Environment variable: the warning has been given in this tree of processes."""
 
 
 def supported_versions() -> str:
@@ -25,33 +31,40 @@ def supported_versions() -> str:
     )
 
 
-def check_vllm_version(found: str) -> None:
-    """Refuse a vLLM whose internals this release was not made for.
-
-    Raises:
-        RuntimeError: ``found`` is outside the supported versions.
-    """
+def is_supported(found: str) -> bool:
+    """Whether this release was made for the internals of vLLM ``found``."""
     from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
 
-    supported = supported_versions()
-    if not SpecifierSet(supported).contains(found, prereleases=True):
-        raise RuntimeError(
-            f"sink_vllm supports vLLM {supported}, found vLLM {found}; install a supported vLLM, "
-            f"or uninstall {DISTRIBUTION} (or leave it out of VLLM_PLUGINS) to run without it."
-        )
+    try:
+        return SpecifierSet(supported_versions()).contains(found, prereleases=True)
+    except InvalidVersion:  # "dev": a build that does not know what it is
+        return False
+
+
+def refusal_of(found: str) -> str:
+    """Why ``--kv-policy sink`` cannot run in vLLM ``found``, and what to do."""
+    return (
+        f"--kv-policy sink needs vLLM {supported_versions()}, found vLLM {found}; install a vLLM "
+        f"that this sink_vllm supports, or a sink_vllm that supports this vLLM."
+    )
 
 
 def register() -> None:
-    """Check vLLM's version, apply the patches, register KV cache spec and models. Idempotent.
+    """Apply the patches, register KV cache spec and models. Idempotent.
+
+    Beside another vLLM: warn once, and see to it that the policy is refused.
 
     Raises:
-        RuntimeError: wrong vLLM version, or a patched symbol is missing.
+        RuntimeError: a patched symbol is missing.
     """
     # Inside the function: vLLM only logs what fails while it *imports* a plugin, and the
     # scheduler's tests import this package without vLLM's weight.
     from vllm import __version__ as vllm_version
 
-    check_vllm_version(vllm_version)
+    if not is_supported(vllm_version):
+        _stand_aside(vllm_version)
+        return
 
     from sink_vllm.patches_declared import start_up_patches
 
@@ -63,3 +76,18 @@ def register() -> None:
 
     models.register()
     spec.register()
+
+
+def _stand_aside(found: str) -> None:
+    from sink_vllm.frontend import unsupported
+
+    unsupported.refuse_the_policy()
+    if os.environ.get(_WARNED) != found:
+        os.environ[_WARNED] = found  # for the processes that this one will start
+        logging.getLogger("vllm.sink_vllm").warning(
+            "sink_vllm supports vLLM %s, found vLLM %s: it stands aside, and --kv-policy sink is "
+            "refused. Install a supported vLLM, or uninstall %s (or leave it out of VLLM_PLUGINS).",
+            supported_versions(),
+            found,
+            DISTRIBUTION,
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tests.conftest import ModelFactory
 from tests.engine import Engine, Policy, running_engine
@@ -58,8 +59,21 @@ def list_lengths(engine: Engine) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("caching", [False, True], ids=["no cache", "prefix cache"])
-def test_engine_state_of_a_stream_is_bounded(caching: bool, tiny_llama: ModelFactory) -> None:
-    """Scheduler, block manager, worker and the messages between them stay O(C) for 3,200 tokens."""
+def test_engine_state_of_a_stream_is_bounded(
+    caching: bool, tiny_llama: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scheduler, block manager, worker and the messages between them stay O(C) for 3,200 tokens.
+
+    What page moves work in is there before vLLM measures memory, and stays where it is.
+    """
+    measured: list[dict[str, Any]] = []
+    measure = CPUWorker.determine_available_memory
+
+    def watched_measure(self: Any) -> int:
+        measured.append(self.model_runner.page_scratch.addresses())
+        return measure(self)
+
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", watched_measure)
     longest: dict[str, int] = {}
     messages: list[int] = []
     entries: dict[int, int] = {}
@@ -92,8 +106,12 @@ def test_engine_state_of_a_stream_is_bounded(caching: bool, tiny_llama: ModelFac
         engine.scheduler.schedule = recorded_schedule
         engine.after_step.append(observe)
         (result,) = engine.greedy([random_tokens(40, 1)], NUM_TOKENS, logprobs=None)
+        scratch = engine.runner.page_scratch.addresses()
 
     assert result.evictions >= 95
+    assert result.reanchorings > 0
+    assert [scratch] == measured
+    assert sum(size for _, size in scratch.values()) == 7 << 20
     assert steps >= NUM_TOKENS - 1
     # One more token than the capacity is known before it is computed; pages round up.
     bound = POLICY.capacity + 32

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sink_vllm.patches_declared import start_up_patches
-from sink_vllm.plugin import check_vllm_version, register, supported_versions
+from sink_vllm.plugin import is_supported, refusal_of, register, supported_versions
 
 ROOT = Path(__file__).parents[1]
 LIGHT_MODULES = (
@@ -21,6 +21,9 @@ LIGHT_MODULES = (
     "sink_vllm.plan",
     "sink_vllm.patching",
     "sink_vllm.gate",
+    "sink_vllm.parts",
+    "sink_vllm.refused",
+    "sink_vllm.frontend.unsupported",
     "sink_vllm.frontend.shipping",
 )
 
@@ -107,26 +110,12 @@ def test_supported_versions_are_those_of_pyproject() -> None:
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.5", "0.32.0+cpu", "0.32.1rc1"])
 def test_supported_vllm_is_accepted(found: str) -> None:
-    check_vllm_version(found)
+    assert is_supported(found)
 
 
-@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0.0", "0.32.0rc1"])
+@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0.0", "0.32.0rc1", "dev"])
 def test_other_vllm_is_refused_with_both_versions(found: str) -> None:
-    with pytest.raises(RuntimeError, match="sink_vllm supports vLLM") as error:
-        check_vllm_version(found)
-
-    assert f"found vLLM {found};" in str(error.value)
-    assert supported_versions() in str(error.value)
-    assert "VLLM_PLUGINS" in str(error.value)
-
-
-def test_register_checks_the_version_before_it_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm
-
-    monkeypatch.setattr(vllm, "__version__", "0.30.0")
-    monkeypatch.setattr(
-        "sink_vllm.patches_declared.start_up_patches", lambda: pytest.fail("patched")
+    assert not is_supported(found)
+    assert f"--kv-policy sink needs vLLM {supported_versions()}, found vLLM {found};" in refusal_of(
+        found
     )
-
-    with pytest.raises(RuntimeError, match=r"found vLLM 0\.30\.0"):
-        register()

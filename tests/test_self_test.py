@@ -105,8 +105,8 @@ def test_a_magnitude_applied_twice_is_refused(runner: Any) -> None:
     """Yarn's factor is in the stored key; here one of 10% is applied with the rotation."""
 
     class Twice(Rotation):
-        def rotate(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
-            super().rotate(keys, rows)
+        def rotate(self, keys: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            super().rotate(keys, *args, **kwargs)
             keys *= 1.1
 
     use(runner, Twice(runner.attention_layers[0].rotation.rotary, "layer"))

@@ -24,6 +24,7 @@ from sink_vllm.config import (
     flag,
 )
 from sink_vllm.patching import Patch
+from sink_vllm.refused import end_with_the_sentence
 
 GROUP_TITLE = "StreamingLLM"
 _DEST = "additional_config"
@@ -162,6 +163,7 @@ def _contradiction(
 def _wrap_add_cli_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
+        end_with_the_sentence()
         group = parser.add_argument_group(title=GROUP_TITLE, description=_DESCRIPTION)
         for key, settings in _FLAGS.items():
             # SUPPRESS: what is not given is not in the namespace, which stays as vLLM made it.

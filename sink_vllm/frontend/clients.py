@@ -3,14 +3,22 @@
 Their constructors are the one place that sees the configuration and everything made from it, so
 this is where the front end gets its own view of the lengths, its counters in ``/metrics``, and
 responses that take constant memory. With the policy off the original runs untouched.
+
+Engines in other processes say what they run when they are ready, and are refused if that is not
+what the front end runs: engines of other nodes are started from a command line of their own.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
+from sink_vllm.config import SinkConfig
 from sink_vllm.frontend.lengths import front_view, policy_of
+from sink_vllm.parts import TOLD, check_engine
 from sink_vllm.patching import Patch
+from sink_vllm.refused import refusals
 
 
 def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -48,6 +56,18 @@ def _stat_logger(others: Sequence[Any]) -> Any:
     return StreamingLLMStatLogger
 
 
+def _wrap_apply_ready_response(original: Callable[..., None]) -> Callable[..., None]:
+    def _apply_ready_response(self: Any, payload: bytes) -> None:
+        # vLLM takes an empty message for an engine that has nothing to say.
+        message = msgspec.msgpack.decode(payload) if payload else {}
+        with refusals():
+            config = SinkConfig.of(self.vllm_config)
+            check_engine(message.get("data_parallel_rank", 0), message.get(TOLD), config)
+        original(self, payload)
+
+    return _apply_ready_response
+
+
 PATCHES = (
     Patch(
         target="vllm.v1.engine.async_llm:AsyncLLM.__init__",
@@ -58,5 +78,10 @@ PATCHES = (
         target="vllm.v1.engine.llm_engine:LLMEngine.__init__",
         wrapper=_wrap_init,
         record="0003-front-end-view-of-lengths",
+    ),
+    Patch(
+        target="vllm.v1.engine.core_client:MPClient._apply_ready_response",
+        wrapper=_wrap_apply_ready_response,
+        record="0041-parts-are-checked",
     ),
 )

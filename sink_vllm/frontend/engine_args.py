@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 from sink_vllm.config import SinkConfig, SinkOptions
 from sink_vllm.facts import Facts, facts_of, model_facts
 from sink_vllm.gate import check
+from sink_vllm.parts import CPU_WORKER, GPU_WORKER, SCHEDULER, check_config
 from sink_vllm.patching import Patch
+from sink_vllm.refused import Refused, refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-
-SCHEDULER = "sink_vllm.scheduler.scheduler.make_scheduler"
-CPU_WORKER = "sink_vllm.worker.cpu_worker.StreamingLLMCPUWorker"
-GPU_WORKER = "sink_vllm.worker.gpu_worker.StreamingLLMGPUWorker"
 
 _CPU_BLOCK_MULTIPLE = 32  # vLLM's CPU attention takes nothing else
 _CPU_LATENT_BLOCK_SIZE = 16
@@ -35,14 +33,15 @@ def _wrap_create_engine_config(
     original: Callable[..., "VllmConfig"],
 ) -> Callable[..., "VllmConfig"]:
     def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
-        options = SinkOptions.parse(self.additional_config)
+        with refusals():
+            options = SinkOptions.parse(self.additional_config)
         if options is None:
             return original(self, *args, **kwargs)
         _refuse_own_classes(self)
         config, trained_len = _resolve(self, options)
         with _engine_settings(self, config, trained_len):
             vllm_config = original(self, *args, **kwargs)
-        _finish(vllm_config, config)
+        _finish(vllm_config, config, trained_len)
         return vllm_config
 
     return create_engine_config
@@ -54,7 +53,7 @@ def _refuse_own_classes(engine_args: "EngineArgs") -> None:
         ("--worker-cls", engine_args.worker_cls, ("auto", CPU_WORKER, GPU_WORKER)),
     ):
         if value not in default:
-            raise ValueError(
+            raise Refused(
                 f"{option}={value!r} contradicts --kv-policy sink, which brings its own; "
                 f"drop one of the two."
             )
@@ -68,7 +67,7 @@ def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfi
     """
     given_len: int | None = engine_args.max_model_len  # vLLM types it as int, with default None
     if given_len == -1:
-        raise ValueError(
+        raise Refused(
             "--max-model-len=auto leaves the length to the free memory, but --kv-policy sink "
             "needs to know the size of its cache; give a number, or drop --max-model-len."
         )
@@ -79,9 +78,10 @@ def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfi
     trained_len = model_config.max_model_len
     limit = trained_len if given_len is None else given_len
     block_size = _block_size(engine_args, options, limit, model_config.use_mla)
-    config = SinkConfig.resolve(
-        options, block_size=block_size, trained_len=trained_len, max_model_len=given_len
-    )
+    with refusals():
+        config = SinkConfig.resolve(
+            options, block_size=block_size, trained_len=trained_len, max_model_len=given_len
+        )
     return config, trained_len
 
 
@@ -96,7 +96,7 @@ def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int, lat
     given: int | None = engine_args.block_size
     if latent and current_platform.is_cpu():
         if given not in (None, _CPU_LATENT_BLOCK_SIZE):
-            raise ValueError(
+            raise Refused(
                 f"--block-size={given} is not {_CPU_LATENT_BLOCK_SIZE}, the only size of a page "
                 f"that vLLM's latent attention (MLA) takes on CPUs; use {_CPU_LATENT_BLOCK_SIZE}, "
                 f"or drop --block-size."
@@ -104,7 +104,7 @@ def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int, lat
         return _CPU_LATENT_BLOCK_SIZE
     if given is not None:
         if current_platform.is_cpu() and given % _CPU_BLOCK_MULTIPLE:
-            raise ValueError(
+            raise Refused(
                 f"--block-size={given} is not a multiple of {_CPU_BLOCK_MULTIPLE}, which vLLM's "
                 f"CPU attention asks for; use one of {', '.join(map(str, _CPU_BLOCK_SIZES))}, or "
                 "drop --block-size."
@@ -134,8 +134,7 @@ def _engine_settings(
     from vllm.platforms import current_platform
 
     settings = {
-        # vLLM takes no more than the trained length here; _finish adds the last token.
-        "max_model_len": min(config.max_model_len, trained_len),
+        "max_model_len": _given_len(config, trained_len),
         "block_size": config.block_size,
         "scheduler_cls": SCHEDULER,
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
@@ -151,7 +150,12 @@ def _engine_settings(
             setattr(engine_args, name, value)
 
 
-def _finish(vllm_config: "VllmConfig", config: SinkConfig) -> None:
+def _given_len(config: SinkConfig, trained_len: int) -> int:
+    """vLLM takes no more than the trained length; ``_finish`` adds the last token."""
+    return min(config.max_model_len, trained_len)
+
+
+def _finish(vllm_config: "VllmConfig", config: SinkConfig, trained_len: int) -> None:
     """Refuse what only the finished configuration shows, and make it carry the plugin."""
     from sink_vllm.frontend.shipping import ShippedConfig
     from sink_vllm.ray.choose import choose_executor
@@ -159,11 +163,12 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig) -> None:
     check(facts_of(vllm_config))
     block_size = vllm_config.cache_config.block_size
     if block_size != config.block_size:
-        raise ValueError(
+        raise Refused(
             f"--block-size={config.block_size} was changed to {block_size} by vLLM for this "
             f"model and platform; set --block-size {block_size}, and --sink-stride to a multiple "
             "of it."
         )
+    check_config(vllm_config, config, _given_len(config, trained_len))
     # The cache holds capacity <= trained length tokens. The one more is room for the token that
     # has been sampled and evicts before it is computed: no untrained position is ever used.
     vllm_config.model_config.max_model_len = config.max_model_len

@@ -9,7 +9,8 @@ the policy.
 
 from typing import Any
 
-from sink_vllm.plugin import register
+from sink_vllm.plugin import is_supported, refusal_of, register
+from sink_vllm.refused import Refused
 
 
 class ShippedConfig(dict[str, Any]):
@@ -20,5 +21,10 @@ class ShippedConfig(dict[str, Any]):
 
 
 def _rebuild(options: dict[str, Any]) -> ShippedConfig:
+    """Raises Refused where vLLM is another one than where the policy was configured."""
+    from vllm import __version__ as found
+
     register()
+    if not is_supported(found):
+        raise Refused(refusal_of(found))
     return ShippedConfig(options)

@@ -7,6 +7,7 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from sink_vllm.refused import refusals
 from sink_vllm.worker.runner_v1 import StreamingLLMRunnerV1
 from sink_vllm.worker.runner_v2 import StreamingLLMRunnerV2
 from sink_vllm.worker.self_test import self_test
@@ -76,7 +77,13 @@ class StreamingLLMCPUWorker(CPUWorker):
         }
         self.model_runner.__class__ = ours[type(self.model_runner)]
 
+    def determine_available_memory(self) -> int:
+        runner: Any = self.model_runner  # one of ours
+        runner.reserve_scratch()
+        return super().determine_available_memory()
+
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
-        self_test(self.model_runner, self)
+        with refusals():
+            self_test(self.model_runner, self)
         return result

@@ -6,6 +6,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from sink_vllm.refused import refusals
 from sink_vllm.worker.runner_v1 import StreamingLLMRunnerV1
 from sink_vllm.worker.runner_v2 import StreamingLLMRunnerV2
 from sink_vllm.worker.self_test import self_test
@@ -29,7 +30,13 @@ class StreamingLLMGPUWorker(Worker):
         )
         return cls(self.vllm_config, self.device)
 
+    def determine_available_memory(self) -> int:
+        runner: Any = self.model_runner  # one of ours
+        runner.reserve_scratch()
+        return super().determine_available_memory()
+
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
-        self_test(self.model_runner, self)
+        with refusals():
+            self_test(self.model_runner, self)
         return result

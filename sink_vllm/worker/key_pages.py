@@ -17,13 +17,14 @@ from vllm.model_executor.layers.attention import MLAAttention
 
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
+from sink_vllm.worker.scratch import KEYS, Scratch
 
 LATENT_BACKENDS = ("CPU_MLA",)
 """Backends of multi-head latent attention whose pages have been moved by a test."""
 
 
 def within_range(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys that conversion to ``dtype`` leaves finite.
+    """The same keys, changed in place so that conversion to ``dtype`` leaves them finite.
 
     A rotation may lengthen a number by a factor of sqrt(2). ``float8_e4m3fn`` has no infinity, and
     not every conversion to it stops at its largest number: some make NaN.
@@ -31,7 +32,7 @@ def within_range(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype != torch.float8_e4m3fn:
         return keys
     largest = torch.finfo(dtype).max
-    return keys.clamp(-largest, largest)
+    return keys.clamp_(-largest, largest)
 
 
 class KeyPages(ABC):
@@ -40,6 +41,9 @@ class KeyPages(ABC):
     Slots are tokens of a page. Pages are ``[n, layers, page_size]`` as ``PageStore.gather``
     returns them. Slots outside the range are neither read nor changed.
     """
+
+    key_size: int
+    """Numbers of a token's key in one head, as far as it is read."""
 
     @abstractmethod
     def __init__(self, layer: AttentionLayer, store: PageStore) -> None:
@@ -50,8 +54,13 @@ class KeyPages(ABC):
         """
 
     @abstractmethod
-    def read_keys(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Keys in float32: contiguous ``[n, layers, end - begin, heads, head_size]``."""
+    def read_keys(
+        self, pages: torch.Tensor, begin: int, end: int, scratch: Scratch | None = None
+    ) -> torch.Tensor:
+        """Keys in float32: contiguous ``[n, layers, end - begin, heads, head_size]``.
+
+        A copy of them: in ``scratch``, until keys are next read, or in memory of its own.
+        """
 
     @abstractmethod
     def read_values(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
@@ -68,7 +77,7 @@ class KeyPages(ABC):
     ) -> None:
         """Write keys (float32, rounded to nearest even) and values (copied), shaped as read.
 
-        In 8-bit floating point, keys beyond its range become its largest numbers.
+        In 8-bit floating point, keys beyond its range become its largest numbers, in ``keys`` too.
         """
 
     def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
@@ -80,19 +89,29 @@ class KeyPages(ABC):
         """
         return None
 
-    def rotate_parts(self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None]) -> None:
+    def rotate_parts(
+        self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None], scratch: Scratch
+    ) -> None:
         """Rotate all keys of scratch copies of ``key_part`` in place.
 
         Args:
             parts: ``[n, layers, heads * tokens * head_size]``.
             rotate: rotates float32 ``[n, layers, tokens, heads, head_size]``, of any strides, in
                 place.
+            scratch: memory for keys in float32.
 
         Raises:
             NotImplementedError: ``key_part`` is ``None`` in this layout, so there is nothing to
                 rotate; nobody who asked that first gets here.
         """
         raise NotImplementedError
+
+
+def in_float32(keys: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
+    """A contiguous copy, in scratch memory if there is any."""
+    if scratch is None:
+        return keys.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return scratch.take(KEYS, keys.shape, torch.float32).copy_(keys)
 
 
 def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:

@@ -21,9 +21,10 @@ from typing import cast
 import torch
 from vllm import _custom_ops as ops
 
-from sink_vllm.worker.key_pages import KeyPages, within_range
+from sink_vllm.worker.key_pages import KeyPages, in_float32, within_range
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
+from sink_vllm.worker.scratch import Scratch
 
 _BASE = 16  # digits of the numbers written: exact in every dtype, float8 included
 
@@ -35,6 +36,7 @@ class CPUKeyPages(KeyPages):
         module = layer.module
         heads, tokens, content = store.page_shape
         self._heads, self._tokens, self._head_size = heads, tokens, module.head_size
+        self.key_size = module.head_size
         self._isa = str(getattr(module, "isa", ""))  # set by CPUAttentionMetadataBuilder
         self._dtype = layer.cache_dtype
         fp8 = self._dtype == torch.float8_e4m3fn
@@ -55,9 +57,11 @@ class CPUKeyPages(KeyPages):
         self._value_at = _Places.of(values, store.page_size // heads)
         self._key_in_half = _Places.of(keys, store.page_size // heads // 2)
 
-    def read_keys(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    def read_keys(
+        self, pages: torch.Tensor, begin: int, end: int, scratch: Scratch | None = None
+    ) -> torch.Tensor:
         keys = self._key_at.read(pages, self._heads, begin, end).view(self._dtype)
-        return keys.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return in_float32(keys, scratch)
 
     def read_values(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         return self._value_at.read(pages, self._heads, begin, end).view(self._dtype)
@@ -98,9 +102,11 @@ class CPUKeyPages(KeyPages):
         halves = cache.view(blocks, heads, 2 * self._tokens, self._head_size)
         return halves[:, :, : self._tokens]
 
-    def rotate_parts(self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None]) -> None:
+    def rotate_parts(
+        self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None], scratch: Scratch
+    ) -> None:
         keys = self._key_in_half.read(parts, self._heads, 0, self._tokens).view(self._dtype)
-        exact = keys.to(torch.float32)  # the same memory if it is float32 already
+        exact = keys if keys.dtype == torch.float32 else in_float32(keys, scratch)
         rotate(exact)
         if exact is not keys:
             keys.copy_(within_range(exact, self._dtype))

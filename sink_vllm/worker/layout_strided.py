@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from sink_vllm.worker.key_pages import KeyPages, within_range
+from sink_vllm.worker.key_pages import KeyPages, in_float32, within_range
 from sink_vllm.worker.layers import AttentionLayer
 from sink_vllm.worker.page_store import PageStore
+from sink_vllm.worker.scratch import Scratch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import MLAAttention
@@ -46,6 +47,7 @@ class StridedKeyPages(KeyPages):
     def _take(self, store: PageStore, dtype: torch.dtype, key: slice, value: slice) -> None:
         self._key, self._value = key, value
         """Where the two are in the ``content`` of a token."""
+        self.key_size = key.stop - key.start
         self._dtype = dtype
         self._shape = store.page_shape
         self._strides = store.page_strides
@@ -59,9 +61,10 @@ class StridedKeyPages(KeyPages):
             pages.storage_offset() + begin * token,
         )
 
-    def read_keys(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        keys = self._slots(pages, begin, end)[..., self._key]
-        return keys.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    def read_keys(
+        self, pages: torch.Tensor, begin: int, end: int, scratch: Scratch | None = None
+    ) -> torch.Tensor:
+        return in_float32(self._slots(pages, begin, end)[..., self._key], scratch)
 
     def read_values(self, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         return self._slots(pages, begin, end)[..., self._value]

@@ -11,7 +11,9 @@ Pure index arithmetic, on the host; the result is the same for all layers.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from sink_vllm.plan import PageMove
@@ -26,14 +28,19 @@ class Overlay(NamedTuple):
     """Pages the slots are taken from; ``None``: from the scratch pages themselves."""
     deltas: list[int] | None
     """Rope positions the keys are rotated by; ``None``: copied bit by bit."""
-    at: list[int]
-    """Indices of the scratch pages they are laid over."""
+    at: slice
+    """The scratch pages they are laid over: neighbours, so that they can be worked on in place."""
+
+
+class _Run(NamedTuple):
+    """Parts of one kind in pages that are neighbours."""
+
+    first: int
+    parts: list[PageMove]
 
     @property
-    def contiguous(self) -> slice | None:
-        """``at`` as a slice, if it is a range."""
-        first, last = self.at[0], self.at[-1]
-        return slice(first, last + 1) if last - first + 1 == len(self.at) else None
+    def end(self) -> int:
+        return self.first + len(self.parts)
 
 
 @dataclass(slots=True)
@@ -65,20 +72,23 @@ class MovePlan:
             composed.append((kinds, page, base, laid))
         composed.sort(key=lambda one: one[0])
 
-        groups: dict[tuple[int, int, bool, bool], list[tuple[PageMove, int]]] = defaultdict(list)
+        runs: dict[tuple[int, int, bool, bool], list[_Run]] = defaultdict(list)
         for at, (_, _, base, laid) in enumerate(composed):
             for part in laid:
-                kind = (part.begin, part.end, part.src == base, part.delta == 0)
-                groups[kind].append((part, at))
+                of_kind = runs[part.begin, part.end, part.src == base, part.delta == 0]
+                if not of_kind or of_kind[-1].end != at:
+                    of_kind.append(_Run(at, []))
+                of_kind[-1].parts.append(part)
         overlays = [
             Overlay(
                 begin,
                 end,
-                None if in_place else [part.src for part, _ in group],
-                None if plain else [part.delta for part, _ in group],
-                [at for _, at in group],
+                None if in_place else [part.src for part in run.parts],
+                None if plain else [part.delta for part in run.parts],
+                slice(run.first, run.end),
             )
-            for (begin, end, in_place, plain), group in groups.items()
+            for (begin, end, in_place, plain), of_kind in runs.items()
+            for run in of_kind
         ]
         return cls(
             bases=[base for _, _, base, _ in composed],
@@ -88,21 +98,29 @@ class MovePlan:
 
 
 def independent_batches(moves: Sequence[PageMove], pages: int) -> Iterator[Sequence[PageMove]]:
-    """Split moves into batches that write at most ``pages`` pages each, if order cannot matter.
+    """Split moves into batches that write at most ``pages`` pages each.
 
-    Batches run one after the other, so a page written by one must not be read by another. If any
-    page is both written and read by a move to another page, there is one batch.
+    Batches run one after the other, so a page that one of them writes is read by none after it:
+    whoever reads it from elsewhere comes before. Pages that read each other in a circle, which no
+    scheduler of ours asks for, stay together as the last batch, however many they are.
     """
-    written = {move.dst for move in moves}
-    if len(written) <= pages or any(move.src in written and move.src != move.dst for move in moves):
+    to_page: dict[int, list[PageMove]] = defaultdict(list)
+    for move in moves:
+        to_page[move.dst].append(move)
+    if len(to_page) <= pages:
         yield moves
         return
-    ordered = sorted(moves, key=lambda move: move.dst)
-    begin = count = 0
-    for i, move in enumerate(ordered):
-        if i and move.dst != ordered[i - 1].dst:
-            count += 1
-            if count == pages:
-                yield ordered[begin:i]
-                begin, count = i, 0
-    yield ordered[begin:]
+    order = TopologicalSorter(dict.fromkeys(sorted(to_page), ()))
+    for move in moves:
+        if move.src != move.dst and move.src in to_page:
+            order.add(move.src, move.dst)
+    with suppress(CycleError):  # what is not in a circle is ordered all the same
+        order.prepare()
+    ordered: list[int] = []
+    while ready := order.get_ready():
+        ordered += ready
+        order.done(*ready)
+    for first in range(0, len(ordered), pages):
+        yield [move for page in ordered[first : first + pages] for move in to_page.pop(page)]
+    if to_page:
+        yield [move for left in to_page.values() for move in left]

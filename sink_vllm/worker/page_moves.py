@@ -6,9 +6,8 @@
     mover.read_page(page)                                its keys and values, per layer
 
 The number of tensor operations of a step depends neither on the number of streams nor on the
-number of layers, but on how much is moved: scratch memory is bounded, so large steps go in
-batches of layers (which never depend on each other) and, where no page is both read and
-written, of pages.
+number of layers, but on how much is moved: scratch memory is bounded (``scratch``), so large steps
+go in batches of layers, which never depend on each other, and of pages.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,12 +22,7 @@ from sink_vllm.worker.move_plan import MovePlan, Overlay, independent_batches
 from sink_vllm.worker.page_store import PageStore
 from sink_vllm.worker.page_turner import PageTurner, split_turns
 from sink_vllm.worker.rotation import Rotation
-
-# Scratch pages of a batch, in bytes. On a CPU they should stay in the second-level cache between
-# reading and writing; on a GPU the batch should be large.
-_SCRATCH_BYTES = {"cpu": 2 << 20}
-_SCRATCH_BYTES_GPU = 64 << 20
-
+from sink_vllm.worker.scratch import PAGES, SOURCES, Scratch, page_weight
 
 KeyPagesFactory = Callable[[AttentionLayer, PageStore], KeyPages]
 
@@ -41,6 +35,7 @@ class PageMover:
         layers: Sequence[AttentionLayer],
         block_size: int,
         key_pages: KeyPagesFactory = key_pages_for,
+        scratch: Scratch | None = None,
     ) -> None:
         """
         Args:
@@ -48,16 +43,19 @@ class PageMover:
             block_size: tokens per page of the scheduler, to which the moves refer. The backend's
                 own pages may be smaller.
             key_pages: finds the layout of a layer's pages.
+            scratch: memory to work in; by default it is allocated when it is needed.
         """
         self.layers = list(layers)
         self.block_size = block_size
         self._key_pages = key_pages
+        self._scratch = scratch
         self._groups: list[_LayerGroup] = []
 
     @classmethod
     def for_runner(cls, runner: Any) -> "PageMover":
         """The mover of a model runner whose KV cache has been initialised."""
-        return cls(runner.attention_layers, runner.cache_config.block_size)
+        block_size = runner.cache_config.block_size
+        return cls(runner.attention_layers, block_size, scratch=runner.page_scratch)
 
     @torch.inference_mode()
     def run(self, moves: Sequence[PageMove]) -> None:
@@ -114,8 +112,10 @@ class PageMover:
                     cache.untyped_storage().data_ptr(),
                 )
                 by_kind.setdefault(kind, []).append(layer)
+            scratch = self._scratch or Scratch(self.layers[0].kv_cache.device)
             self._groups = [
-                _LayerGroup(group, self.block_size, self._key_pages) for group in by_kind.values()
+                _LayerGroup(group, self.block_size, self._key_pages, scratch)
+                for group in by_kind.values()
             ]
         return self._groups
 
@@ -124,12 +124,17 @@ class _LayerGroup:
     """Layers whose pages are alike and rotate alike: they are moved by the same operations."""
 
     def __init__(
-        self, layers: Sequence[AttentionLayer], block_size: int, key_pages: KeyPagesFactory
+        self,
+        layers: Sequence[AttentionLayer],
+        block_size: int,
+        key_pages: KeyPagesFactory,
+        scratch: Scratch,
     ) -> None:
         self.layers = list(layers)
         self.index = layers[0].group
         names = [layer.name for layer in layers]
-        self.store = PageStore(names, [layer.kv_cache for layer in layers])
+        self.scratch = scratch
+        self.store = PageStore(names, [layer.kv_cache for layer in layers], scratch)
         self._bound = [layer.module.kv_cache for layer in layers]
         self.pages = key_pages(layers[0], self.store)
         self.rotation: Rotation | None = layers[0].rotation
@@ -141,13 +146,17 @@ class _LayerGroup:
             )
         self.tokens = tokens
         self.split = block_size // tokens
-        budget = _SCRATCH_BYTES.get(self.store.device.type, _SCRATCH_BYTES_GPU)
-        self.budget = max(budget // (self.store.page_size * self.store.dtype.itemsize), 1)
+        heads = self.store.page_shape[0]
+        weight = page_weight(
+            self.store.page_size * self.store.dtype.itemsize,
+            heads * tokens * self.pages.key_size,
+        )
+        self.budget = scratch.pages_per_batch(weight)
         """Scratch pages per batch, layers times pages."""
         parts = [self.pages.key_part(cache) for cache in self.store.caches]
         key_parts = [part for part in parts if part is not None]
         self.turner = (
-            PageTurner(PageStore(names, key_parts), self.pages, self.rotation, budget)
+            PageTurner(PageStore(names, key_parts, scratch), self.pages, self.rotation, scratch)
             if self.rotation is not None and key_parts
             else None
         )
@@ -178,29 +187,26 @@ class _LayerGroup:
 
     def _compose(self, prepared: "_Prepared", first: int, last: int) -> None:
         """Compose and write all pages of the plan, in layers ``[first, last)``."""
-        scratch = self.store.gather(prepared.bases, first, last, 0)
+        composed = self.store.gather(prepared.bases, first, last, PAGES)
         for overlay, sources, rows in prepared.overlays:
             if rows is None and sources is None:
                 continue  # rotation in place, of keys that do not rotate
-            target = overlay.contiguous
-            laid = scratch[overlay.at] if target is None else scratch[target]
-            given = laid if sources is None else self.store.gather(sources, first, last, 1)
-            keys = self.pages.read_keys(given, overlay.begin, overlay.end)
+            laid = composed[overlay.at]
+            given = laid if sources is None else self.store.gather(sources, first, last, SOURCES)
+            keys = self.pages.read_keys(given, overlay.begin, overlay.end, self.scratch)
             values = self.pages.read_values(given, overlay.begin, overlay.end)
             if rows is not None:
                 assert self.rotation is not None
-                self.rotation.rotate(keys, rows)
+                self.rotation.rotate(keys, rows, self.scratch)
             self.pages.write(laid, overlay.begin, overlay.end, keys, values)
-            if target is None:
-                scratch[overlay.at] = laid
-        self.store.scatter(prepared.pages, first, last, scratch)
+        self.store.scatter(prepared.pages, first, last, composed)
 
     def read_page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[layers, block_size, heads, size]`` of a page, float32."""
         index = page * self.split + torch.arange(self.split, device=self.store.device)
-        scratch = self.store.gather(index, 0, len(self.layers), 0)
-        keys = self.pages.read_keys(scratch, 0, self.tokens)
-        values = self.pages.read_values(scratch, 0, self.tokens)
+        pages = self.store.gather(index, 0, len(self.layers), PAGES)
+        keys = self.pages.read_keys(pages, 0, self.tokens)
+        values = self.pages.read_values(pages, 0, self.tokens)
         values = values.to(torch.float32, copy=True)
         return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import torch
 
+from sink_vllm.worker.scratch import Scratch
+
 # Runs are moved in the widest words they divide into. Floating-point words, because torch's
 # ``index_copy_`` is vectorised for them on CPUs and not for integers (3 to 4 times slower for
 # int64); they are loaded and stored only, so every bit pattern survives.
@@ -33,13 +35,16 @@ class PageStore:
     page ordered as ``page_shape`` and ``page_strides`` say.
     """
 
-    def __init__(self, names: Sequence[str], caches: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, names: Sequence[str], caches: Sequence[torch.Tensor], scratch: Scratch
+    ) -> None:
         """Find the runs of the pages of some layers.
 
         Args:
             names: of the layers, for messages.
             caches: ``[blocks, heads, tokens, content]`` each: their caches, or the same part of
                 each of them.
+            scratch: memory that pages are gathered in.
 
         Raises:
             ValueError: the caches are not in one buffer of equal runs; names the layer.
@@ -81,9 +86,9 @@ class PageStore:
         in_page = torch.arange(runs)[:, None] * (strides[1] // piece) + torch.arange(run // piece)
         self._bases = (bases[:, None] + in_page.view(-1)).to(self.device)
         self._word = word
-        self._scratch: list[torch.Tensor] = []
+        self._scratch = scratch
 
-    def gather(self, pages: torch.Tensor, first: int, last: int, slot: int) -> torch.Tensor:
+    def gather(self, pages: torch.Tensor, first: int, last: int, slot: str) -> torch.Tensor:
         """Copy pages of layers ``[first, last)`` into scratch memory.
 
         Args:
@@ -96,8 +101,8 @@ class PageStore:
         """
         rows = self._rows_of(pages, first, last)
         shape = (rows.shape[0], self._rows.shape[1])
-        scratch = self._scratch_of(slot, shape[0] * shape[1])
-        torch.index_select(self._rows, 0, rows, out=scratch.view(shape))
+        scratch = self._scratch.take(slot, shape, self._word)
+        torch.index_select(self._rows, 0, rows, out=scratch)
         return scratch.view(self.dtype).view(len(pages), last - first, self.page_size)
 
     def scatter(self, pages: torch.Tensor, first: int, last: int, scratch: torch.Tensor) -> None:
@@ -110,13 +115,6 @@ class PageStore:
         """Rows of pages: int64 ``[n * layers * rows per page]``."""
         starts = pages * self._page_step
         return (starts[:, None, None] + self._bases[first:last]).view(-1)
-
-    def _scratch_of(self, slot: int, words: int) -> torch.Tensor:
-        while len(self._scratch) <= slot:
-            self._scratch.append(torch.empty(0, dtype=self._word, device=self.device))
-        if self._scratch[slot].numel() < words:
-            self._scratch[slot] = torch.empty(words, dtype=self._word, device=self.device)
-        return self._scratch[slot][:words]
 
     def _table_of_pieces(self, lowest: int, piece: int) -> tuple[torch.dtype, torch.Tensor]:
         """The buffer from element ``lowest`` on as ``[pieces, words per piece]``."""

@@ -15,25 +15,28 @@ from sink_vllm.plan import PageMove
 from sink_vllm.worker.key_pages import KeyPages
 from sink_vllm.worker.page_store import PageStore
 from sink_vllm.worker.rotation import Rotation
+from sink_vllm.worker.scratch import PAGES, Scratch, page_weight
 
 
 class PageTurner:
     """In-place rotation of the pages of layers that are alike."""
 
     def __init__(
-        self, store: PageStore, pages: KeyPages, rotation: Rotation, scratch_bytes: int
+        self, store: PageStore, pages: KeyPages, rotation: Rotation, scratch: Scratch
     ) -> None:
         """
         Args:
             store: of the key parts of the layers' caches.
             pages: the layout of these caches.
             rotation: of the layers' keys.
-            scratch_bytes: scratch memory to use at once.
+            scratch: memory to work in.
         """
         self._store = store
         self._pages = pages
         self._rotation = rotation
-        self._budget = max(scratch_bytes // (store.page_size * store.dtype.itemsize), 1)
+        self._scratch = scratch
+        size = store.page_size
+        self._budget = scratch.pages_per_batch(page_weight(size * store.dtype.itemsize, size))
 
     def run(self, moves: Sequence[PageMove]) -> None:
         """Rotate ``move.dst`` by ``move.delta`` for each of ``moves``, no page twice."""
@@ -41,11 +44,14 @@ class PageTurner:
         pages = torch.tensor([move.dst for move in moves], device=device)
         rows = self._rotation.rows_of([move.delta for move in moves], device)
         at_once = max(self._budget // layers, 1)
+        step = min(layers, self._budget)
         for some, their_rows in zip(pages.split(at_once), rows.split(at_once), strict=True):
-            scratch = self._store.gather(some, 0, layers, 0)
-            rotate = partial(self._rotation.rotate, rows=their_rows)
-            self._pages.rotate_parts(scratch, rotate)
-            self._store.scatter(some, 0, layers, scratch)
+            rotate = partial(self._rotation.rotate, rows=their_rows, scratch=self._scratch)
+            for first in range(0, layers, step):
+                last = min(first + step, layers)
+                parts = self._store.gather(some, first, last, PAGES)
+                self._pages.rotate_parts(parts, rotate, self._scratch)
+                self._store.scatter(some, first, last, parts)
 
 
 def split_turns(moves: Sequence[PageMove], tokens: int) -> tuple[list[PageMove], list[PageMove]]:

@@ -32,6 +32,8 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
+from sink_vllm.worker.scratch import HALF, Scratch
+
 _TABLE_ROWS = (
     1024  # deltas kept: evictions use multiples of the stride, re-anchorings their negatives
 )
@@ -179,7 +181,9 @@ class Rotation:
             rows.update((delta, first + i) for i, delta in enumerate(missing))
         return torch.tensor([rows[delta] for delta in deltas], device=device)
 
-    def rotate(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
+    def rotate(
+        self, keys: torch.Tensor, rows: torch.Tensor, scratch: Scratch | None = None
+    ) -> None:
         """Rotate in place.
 
         Element by element and in one order of operations, so that a key becomes the same bits
@@ -190,6 +194,7 @@ class Rotation:
             keys: float32 ``[n, ..., head_size]``, of any strides; all of ``keys[i]`` is rotated
                 by the delta of ``rows[i]``.
             rows: what ``rows_of`` returned: int64 ``[n]``.
+            scratch: memory for half of the keys, which are needed twice.
         """
         shape = (len(rows), *(1 for _ in keys.shape[2:]), self.rotary_dim)
         cos, sin = self._table[rows].view(shape).chunk(2, dim=-1)
@@ -198,7 +203,8 @@ class Rotation:
             first, second = keys[..., :half], keys[..., half : 2 * half]
         else:
             first, second = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
-        rotated = (first * cos).addcmul_(second, sin, value=-1)
+        half_of_keys = None if scratch is None else scratch.take(HALF, first.shape, first.dtype)
+        rotated = torch.mul(first, cos, out=half_of_keys).addcmul_(second, sin, value=-1)
         second.mul_(cos).addcmul_(first, sin)
         first.copy_(rotated)
 

@@ -1,15 +1,18 @@
 """What the mixins of both model runners share: layers, KV cache specs, the mover of pages."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.config import SinkConfig
+from sink_vllm.parts import check_config
+from sink_vllm.refused import refusals
 from sink_vllm.scheduler.spec import under_policy
 from sink_vllm.worker.layers import AttentionLayer, attention_layers, check_windows, rope_rows
 from sink_vllm.worker.offsets import RopeOffsets
 from sink_vllm.worker.page_moves import PageMover
 from sink_vllm.worker.rope_table import extend_rope_tables
+from sink_vllm.worker.scratch import Scratch
 
 # vLLM's two model runners have no common base; what the mixins call, both of them have.
 _Runner: Any = object
@@ -18,20 +21,30 @@ _Runner: Any = object
 class StreamingLLMRunner(_Runner):
     """Base of the mixins; comes before vLLM's model runner in the bases of a concrete class."""
 
+    consumes_plans: ClassVar = True
+    """See ``sink_vllm.worker.plans``."""
     rope_offsets: RopeOffsets
     attention_layers: list[AttentionLayer]
     page_mover: PageMover
+    page_scratch: Scratch
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
-        self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
-        extend_rope_tables(self.attention_layers, self._config.capacity)
+        with refusals():
+            self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
+            self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
+            extend_rope_tables(self.attention_layers, self._config.capacity)
+        self.page_scratch = Scratch(self.device)
+
+    def reserve_scratch(self) -> None:
+        """Allocate what page moves work in; to be called before memory is measured."""
+        self.page_scratch.reserve(self.get_kv_cache_spec().values())
 
     @property
     def _config(self) -> SinkConfig:
         config = SinkConfig.of(self.vllm_config)
-        assert config is not None, "the worker of the policy needs the policy"
+        check_config(self.vllm_config, config)
+        assert config is not None  # this worker was named, so the policy is on
         return config
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -47,9 +60,14 @@ class StreamingLLMRunner(_Runner):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        with refusals():
+            self._bind_pages(kv_cache_config)
+
+    def _bind_pages(self, kv_cache_config: KVCacheConfig) -> None:
         groups = kv_cache_config.kv_cache_groups
         index_of = {name: i for i, group in enumerate(groups) for name in group.layer_names}
         for layer in self.attention_layers:
             layer.group = index_of[layer.name]
         check_windows(self.attention_layers)
+        self.reserve_scratch()  # where nothing is measured: workers that join a running engine
         self.page_mover = PageMover.for_runner(self)
