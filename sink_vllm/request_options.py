@@ -197,15 +197,15 @@ def pinned_sink_tokens(pinned: int, extra_args: Mapping[str, Any], config: SinkC
     """
     check_pin(extra_args)
     window = extra_args.get(WINDOW_KEY)
-    possible = isinstance(window, int) and 0 < window <= config.schedule.window
-    asked = int(window) if possible else 0  # others are refused where it is read
-    most = min(most_sink_tokens(config), config.capacity - config.schedule.stride - asked)
+    if not isinstance(window, int) or not 0 < window <= config.schedule.window:
+        window = 0  # refused where it is read
+    most = min(most_sink_tokens(config), config.capacity - config.schedule.stride - window)
     if pinned > max(most, config.schedule.sink_tokens):
         raise ValueError(
             f"sink_pin='system': the prompt's first {pinned} tokens, up to the end of the system "
             f"message, cannot all be sink tokens, because the server's capacity of "
             f"{config.capacity} tokens has room for {most} beside a window of at least "
-            f"{max(asked, minimum_window(config))} and a stride of {config.schedule.stride}; "
+            f"{max(window, minimum_window(config))} and a stride of {config.schedule.stride}; "
             "shorten the system message, or use sink_pin='none'."
         )
     return max(pinned, config.schedule.sink_tokens)

@@ -5,7 +5,7 @@ Which numbers come out of which request is in tests/test_request_options.py.
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -121,7 +121,7 @@ def _params(max_tokens: int | None, kind: RequestOutputKind) -> SamplingParams:
 
 
 async def _session(
-    engine: AsyncLLM, inputs: list[tuple[int, int | None]], wait: bool
+    engine: AsyncLLM, inputs: Sequence[tuple[int, int | None]], wait: bool
 ) -> list[tuple[list[int], str | None]]:
     """The answers to inputs of so many tokens, with so many ``max_tokens``."""
     answers: list[tuple[list[int], str | None]] = []

@@ -3,7 +3,7 @@ tests/test_open_responses.py."""
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -27,9 +27,16 @@ def test_a_told_prompt_has_a_length_and_nothing_else() -> None:
     assert len(told) == 1000
     assert told
     assert repr(told) == "ToldPrompt(1000)"
-    for read in (list, lambda t: t[0], lambda t: t[:5], lambda t: 7 in t, reversed):
+    reads: tuple[Callable[[Any], Any], ...] = (
+        list,
+        lambda told: told[0],
+        lambda told: told[:5],
+        lambda told: 7 in told,
+        lambda told: list(reversed(told)),
+    )
+    for read in reads:
         with pytest.raises(LookupError, match=r"1000 token ids .* first output") as error:
-            list(read(told))  # type: ignore[operator]
+            read(told)
         assert not isinstance(error.value, IndexError), "would end a loop silently"
 
 
@@ -88,7 +95,7 @@ def _output(prompt: list[int], *choices: int, tokens: int = 1) -> RequestOutput:
 
 
 def test_luggage_of_a_completion() -> None:
-    request = CompletionRequest(model="m", prompt=[LONG, LONG], n=2, echo=True)
+    request = CompletionRequest(model="m", seed=None, prompt=[LONG, LONG], n=2, echo=True)
     given = [{"type": "token", "prompt": "text", "prompt_token_ids": LONG} for _ in range(2)]
     arguments: dict[str, Any] = {"request": request, "engine_inputs": given}
 
@@ -116,7 +123,7 @@ def test_luggage_of_a_completion() -> None:
 def test_luggage_of_a_chat(prompt: list[int], left: int) -> None:
     """Parsers of tool calls count those in the messages before the first token."""
     messages: list[Any] = [{"role": "user", "content": "a" * 1000}]
-    request = ChatCompletionRequest(model="m", messages=messages)
+    request = ChatCompletionRequest(model="m", seed=None, messages=messages)
     arguments: dict[str, Any] = {"request": request, "conversation": messages}
 
     luggage = Luggage(arguments, POLICY)

@@ -197,7 +197,7 @@ def _run(
 
     async def collect() -> list[str]:
         stream = _wrap_stream(keeps_text)(_stream)  # type: ignore[arg-type]
-        request = CompletionRequest(model="m", prompt="p", n=2)
+        request = CompletionRequest(model="m", seed=None, prompt="p", n=2)
         inputs = [{"type": "token", "prompt_token_ids": [1, 2]}] * 2
         return [chunk async for chunk in stream(handler, request, inputs, source())]
 
