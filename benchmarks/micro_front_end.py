@@ -39,12 +39,15 @@ class FrontEnd:
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.output_processor import OutputProcessor
 
+        from sink_vllm.config import SinkConfig
         from sink_vllm.frontend.memory import adopt
+        from sink_vllm.schedule import Schedule
 
         tokenizer = get_tokenizer(str(MODEL))
         self._processor = OutputProcessor(tokenizer, log_stats=False)
         if ours:
-            adopt(self._processor)
+            schedule = Schedule(sink_tokens=4, window=220, stride=32)
+            adopt(self._processor, SinkConfig(schedule=schedule, block_size=32))
         source = (MODEL.parent.parent / "serving.py").read_text()
         self._tokens = itertools.cycle(tokenizer.encode(source, add_special_tokens=False))
         self.characters = 0

@@ -20,6 +20,7 @@ OPTION_KEYS = (
     "sink_stride",
     "sink_prompt",
     "sink_pin",
+    "sink_max_stream_tokens",
     "sink_streams",
     "sink_streams_idle",
     "sink_streams_tokens",
@@ -28,6 +29,8 @@ POLICIES = ("full", "sink")
 PROMPT_MODES = ("stream", "truncate")
 PIN_MODES = ("none", "system")
 DEFAULT_SINK_TOKENS = 4
+MOST_STREAM_TOKENS = 2**31 - 1
+"""Prompt and output together: vLLM's V2 model runner keeps the sum in an int32."""
 _STRIDE_SHARE = 16  # default stride: a sixteenth of the capacity, in whole blocks, ...
 _STRIDE_CAP = 256  # ... but not more: a longer stride saves nothing measurable
 
@@ -65,6 +68,8 @@ class SinkOptions:
     sink_stride: int | None = None
     sink_prompt: PromptMode = "stream"
     sink_pin: PinMode = "none"
+    sink_max_stream_tokens: int = 0
+    """Most tokens of prompt and output of one request; 0 for no bound."""
     sink_streams: int = 256
     """Streams that ``/v1/streams`` remembers at once."""
     sink_streams_idle: int = 3600
@@ -115,6 +120,7 @@ class SinkOptions:
             ("sink_tokens", 0, "tokens"),
             ("sink_window", 1, "tokens"),
             ("sink_stride", 1, "tokens"),
+            ("sink_max_stream_tokens", 0, "tokens"),
             ("sink_streams", 1, "streams"),
             ("sink_streams_idle", 1, "seconds"),
             ("sink_streams_tokens", 1, "tokens"),
@@ -129,6 +135,12 @@ class SinkOptions:
                 )
             if value < least:
                 raise ValueError(f"{flag(key)}={value} is too small; use {least} or more ({unit}).")
+        if (most := self.sink_max_stream_tokens) == 1 or most > MOST_STREAM_TOKENS:
+            reason = "leaves no room for output" if most == 1 else "is more than vLLM counts"
+            raise ValueError(
+                f"{flag('sink_max_stream_tokens')}={most} {reason}; use 2 to {MOST_STREAM_TOKENS} "
+                "tokens, or 0 for no bound."
+            )
         for key, modes, what in (
             ("sink_prompt", PROMPT_MODES, "prompt mode"),
             ("sink_pin", PIN_MODES, "pin"),
@@ -147,6 +159,8 @@ class SinkConfig:
     block_size: int
     sink_prompt: PromptMode = "stream"
     sink_pin: PinMode = "none"
+    max_stream_tokens: int = 0
+    """Most tokens of prompt and output of one request; 0 for no bound."""
     native_window: int = 0
     """Longest window (tokens) of layers that have page tables of their own; 0 if none have."""
 
@@ -168,6 +182,7 @@ class SinkConfig:
             "sink_stride": self.schedule.stride,
             "sink_prompt": self.sink_prompt,
             "sink_pin": self.sink_pin,
+            "sink_max_stream_tokens": self.max_stream_tokens,
         }
 
     @classmethod
@@ -201,22 +216,11 @@ class SinkConfig:
         else:
             limit, limit_name = max_model_len, "--max-model-len"
         sinks = options.sink_tokens
-        basis = limit if options.sink_window is None else sinks + options.sink_window
+        basis = limit if options.sink_window is None else min(sinks + options.sink_window, limit)
         stride = options.sink_stride or _default_stride(basis, block_size)
-        if stride % block_size:
-            below = stride // block_size * block_size
-            choices = f"{below} or {below + block_size}" if below else f"{block_size}"
-            raise ValueError(
-                f"--sink-stride={stride} is not a multiple of the KV block size {block_size}; "
-                f"use {choices}, or set --block-size to a divisor of {stride}."
-            )
         room = limit - sinks - stride
-        if room < 1:
-            raise ValueError(
-                f"--sink-tokens={sinks} and a stride of {stride} leave no window in {limit} "
-                f"tokens ({limit_name}); use fewer sink tokens, a smaller --sink-stride (a "
-                f"multiple of the KV block size {block_size}) or a smaller --block-size."
-            )
+        if stride % block_size or room < 1:
+            raise ValueError(_no_window(options, stride, block_size, trained_len, max_model_len))
         window = options.sink_window or room
         if window > room:
             raise ValueError(
@@ -229,6 +233,7 @@ class SinkConfig:
             block_size=block_size,
             sink_prompt=options.sink_prompt,
             sink_pin=options.sink_pin,
+            max_stream_tokens=options.sink_max_stream_tokens,
         )
 
     @classmethod
@@ -255,8 +260,50 @@ class SinkConfig:
             block_size=vllm_config.cache_config.block_size,
             sink_prompt=options.sink_prompt,
             sink_pin=options.sink_pin,
+            max_stream_tokens=options.sink_max_stream_tokens,
             native_window=_native_window(vllm_config, options.sink_window),
         )
+
+
+def _no_window(
+    options: SinkOptions, stride: int, block_size: int, trained_len: int, max_model_len: int | None
+) -> str:
+    """Why no window is left, or no whole stride: what to blame, and a value that helps.
+
+    A number of ours, such as the default stride, is never the one to blame.
+    """
+    sinks = options.sink_tokens
+    limit = trained_len if max_model_len is None else max_model_len
+    source = "the length the model was trained for" if max_model_len is None else "--max-model-len"
+    blocks = (limit - sinks - 1) // block_size  # in the longest possible stride
+    if options.sink_stride is not None and blocks > 0:
+        if stride % block_size == 0:
+            return (
+                f"--sink-stride={stride} leaves no window behind {sinks} sink tokens in "
+                f"{limit} tokens ({source}); use {blocks * block_size} or less (a multiple of the "
+                f"KV block size {block_size})."
+            )
+        near = {min(max(stride // block_size + up, 1), blocks) * block_size for up in (0, 1)}
+        return (
+            f"--sink-stride={stride} is not a multiple of the KV block size {block_size}; use "
+            f"{' or '.join(map(str, sorted(near)))}."
+        )
+    if limit <= stride or stride % block_size:
+        stride = block_size
+    least = sinks + block_size + 1
+    if limit <= stride and least > trained_len:  # no --max-model-len is enough
+        limit, source = trained_len, "the length the model was trained for"
+    if sinks != DEFAULT_SINK_TOKENS and limit > stride:
+        return (
+            f"--sink-tokens={sinks} leaves no window beside a stride of {stride} in {limit} tokens "
+            f"({source}); use {limit - stride - 1} or fewer."
+        )
+    what = f"--max-model-len={limit}" if limit != trained_len else f"{limit} tokens ({source})"
+    way_out = f"{least} or more" if least <= trained_len else "--kv-policy full"
+    return (
+        f"{what} is no room for a window behind {sinks} sink tokens and a stride of one KV block "
+        f"of {block_size} tokens; use {way_out}, or a smaller --block-size."
+    )
 
 
 def _native_window(vllm_config: Any, window: int) -> int:

@@ -22,6 +22,7 @@ from sink_vllm.schedule import Schedule, pages_per_stream
 TOKENS_KEY = "sink_tokens"
 WINDOW_KEY = "sink_window"
 PIN_KEY = "sink_pin"
+BOUND_KEY = "sink_max_stream_tokens"  # the operator's; no request chooses it
 REQUEST_KEYS = (POLICY_KEY, TOKENS_KEY, WINDOW_KEY, PIN_KEY)
 SCHEDULE_KEYS = (POLICY_KEY, TOKENS_KEY, WINDOW_KEY)
 """What the engine gets to see: a pin has become a number of sink tokens by then."""
@@ -196,14 +197,15 @@ def pinned_sink_tokens(pinned: int, extra_args: Mapping[str, Any], config: SinkC
     """
     check_pin(extra_args)
     window = extra_args.get(WINDOW_KEY)
-    asked = window if isinstance(window, int) else 0  # other types are refused where it is read
-    most = min(most_sink_tokens(config), config.capacity - config.schedule.stride - asked)
+    if not isinstance(window, int) or not 0 < window <= config.schedule.window:
+        window = 0  # refused where it is read
+    most = min(most_sink_tokens(config), config.capacity - config.schedule.stride - window)
     if pinned > max(most, config.schedule.sink_tokens):
         raise ValueError(
             f"sink_pin='system': the prompt's first {pinned} tokens, up to the end of the system "
             f"message, cannot all be sink tokens, because the server's capacity of "
             f"{config.capacity} tokens has room for {most} beside a window of at least "
-            f"{max(asked, minimum_window(config))} and a stride of {config.schedule.stride}; "
+            f"{max(window, minimum_window(config))} and a stride of {config.schedule.stride}; "
             "shorten the system message, or use sink_pin='none'."
         )
     return max(pinned, config.schedule.sink_tokens)
@@ -222,11 +224,12 @@ def check_pages(schedule: Schedule, block_size: int, pool_pages: int) -> None:
     """
     pages = pages_per_stream(schedule, block_size)
     if pages > pool_pages:
+        fitting = (pool_pages - -(-schedule.capacity // block_size)) * block_size
         raise ValueError(
             f"sink_tokens={schedule.sink_tokens} makes a stream of {pages} KV cache pages "
             f"(capacity {schedule.capacity} tokens and a second copy of the sink tokens, "
-            f"{block_size} tokens per page) and the server has {pool_pages}; use fewer sink "
-            "tokens, or a smaller sink_window."
+            f"{block_size} tokens per page) and the server has {pool_pages}; use {fitting} or "
+            "fewer sink tokens."
         )
 
 
@@ -255,6 +258,28 @@ def check_full(prompt_tokens: int, max_tokens: int | None, capacity: int) -> int
             "less, or leave kv_policy out."
         )
     return room if max_tokens is None else max_tokens
+
+
+def check_bound(prompt_tokens: int, max_tokens: int | None, most: int) -> int:
+    """``max_tokens`` of a request under ``--sink-max-stream-tokens``: what is asked for, or fits.
+
+    Args:
+        prompt_tokens: length of the prompt.
+        max_tokens: as asked for; ``None`` for as many as fit.
+        most: tokens of prompt and output together, as the operator allows.
+
+    Raises:
+        ValueError: the prompt leaves no room for output.
+    """
+    room = most - prompt_tokens
+    if room < 1:
+        option = flag(BOUND_KEY)
+        raise ValueError(
+            f"{option}={most}: a prompt of {prompt_tokens} tokens leaves no room for output in the "
+            f"{most} tokens of prompt and output that this server allows a request; send at most "
+            f"{most - 1} tokens, or use a server with a larger {option}."
+        )
+    return room if max_tokens is None else min(max_tokens, room)
 
 
 def _is_ours(key: str) -> bool:

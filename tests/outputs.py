@@ -1,5 +1,6 @@
 """vLLM's output processor fed by hand: two tokenizers, requests, and what an engine would send."""
 
+import copy
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,11 +11,19 @@ from transformers import PreTrainedTokenizerFast
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    RequestOutputCollector,
+    RequestState,
+)
+from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
+from sink_vllm.config import SinkConfig
 from sink_vllm.frontend.memory import adopt
+from sink_vllm.schedule import Schedule
 
+POLICY = SinkConfig(schedule=Schedule(sink_tokens=4, window=92, stride=32), block_size=32)
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 
 
@@ -84,6 +93,8 @@ def params(**given: Any) -> SamplingParams:
 class Processor:
     """One request in an output processor, vLLM's own or ours."""
 
+    state: RequestState  # of its first choice
+
     def __init__(
         self,
         tokenizer: Any,
@@ -98,7 +109,7 @@ class Processor:
             tokenizer, log_stats=False, stream_interval=stream_interval
         )
         if ours:
-            adopt(self.processor)
+            adopt(self.processor, POLICY)
         self.params = sampling_params
         request = EngineCoreRequest(
             request_id="r",
@@ -112,17 +123,25 @@ class Processor:
             cache_salt=None,
             data_parallel_rank=None,
         )
-        self.processor.add_request(request, None, queue=queue)
-        self.state = self.processor.request_states["r"]
+        parent, self.names = None, ["r"]
+        if sampling_params.n > 1:
+            parent = ParentRequest(request)
+            self.names = [parent.get_child_info(index)[0] for index in range(sampling_params.n)]
+        for index, name in enumerate(self.names):
+            child = copy.copy(request)
+            child.request_id = name
+            self.processor.add_request(child, "a prompt", parent, index, queue)
+        self.state = self.processor.request_states[self.names[0]]
         self.finished = False
 
-    def step(self, tokens: Sequence[int], **fields: Any) -> list[RequestOutput]:
+    def step(self, tokens: Sequence[int], choice: int = 0, **fields: Any) -> list[RequestOutput]:
         """Feed the tokens of one engine step; returns what would be sent to the client."""
         if self.params.logprobs is not None:
             fields["new_logprobs"] = _logprobs(tokens, self.params.logprobs)
-        output = EngineCoreOutput(request_id="r", new_token_ids=list(tokens), **fields)
+        name = self.names[choice]
+        output = EngineCoreOutput(request_id=name, new_token_ids=list(tokens), **fields)
         processed = self.processor.process_outputs([output])
-        self.finished = "r" not in self.processor.request_states
+        self.finished = name not in self.processor.request_states
         return [item for item in processed.request_outputs if isinstance(item, RequestOutput)]
 
     def run(

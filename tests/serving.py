@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ MODEL = "tiny"
 GREEDY = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 
 
-def tiny_server(model: Path, *flags: str) -> Server:
+def tiny_server(model: Path, *flags: str, environment: Mapping[str, str] | None = None) -> Server:
     """`vllm serve` with a tiny model, a small pool and the policy of ``FLAGS``."""
     engine = ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
     limits = ["--max-num-seqs", "8", "--num-gpu-blocks-override", "96"]
-    return Server([str(model), "--served-model-name", MODEL, *engine, *limits, *FLAGS, *flags])
+    served = [str(model), "--served-model-name", MODEL]
+    return Server([*served, *engine, *limits, *FLAGS, *flags], environment)
 
 
 def prompt_of(num_tokens: int, salt: int = 7) -> list[int]:

@@ -1,6 +1,9 @@
 """The options: what is accepted, what is decided, and every error sentence."""
 
 import itertools
+import random
+import re
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +115,20 @@ def test_all_options() -> None:
             "--sink-stride=0 is too small; use 1 or more (tokens).",
         ),
         (
+            SINK | {"sink_max_stream_tokens": -1},
+            "--sink-max-stream-tokens=-1 is too small; use 0 or more (tokens).",
+        ),
+        (
+            SINK | {"sink_max_stream_tokens": 1},
+            "--sink-max-stream-tokens=1 leaves no room for output; use 2 to 2147483647 tokens, or "
+            "0 for no bound.",
+        ),
+        (
+            SINK | {"sink_max_stream_tokens": 2**31},
+            "--sink-max-stream-tokens=2147483648 is more than vLLM counts; use 2 to 2147483647 "
+            "tokens, or 0 for no bound.",
+        ),
+        (
             SINK | {"sink_prompt": "cut"},
             "--sink-prompt='cut' is not a prompt mode; use one of stream, truncate.",
         ),
@@ -181,13 +198,21 @@ def test_numbers_that_are_decided(options: dict[str, Any], schedule: Schedule) -
         ),
         (
             {"sink_stride": 40},
-            "--sink-stride=40 is not a multiple of the KV block size 16; use 32 or 48, or set "
-            "--block-size to a divisor of 40.",
+            "--sink-stride=40 is not a multiple of the KV block size 16; use 32 or 48.",
         ),
         (
-            {"sink_stride": 8},
-            "--sink-stride=8 is not a multiple of the KV block size 16; use 16, or set "
-            "--block-size to a divisor of 8.",
+            {"sink_stride": 5},
+            "--sink-stride=5 is not a multiple of the KV block size 16; use 16.",
+        ),
+        (
+            {"sink_stride": 5000},
+            "--sink-stride=5000 is not a multiple of the KV block size 16; use 4080.",
+        ),
+        (
+            {"sink_window": 100_000, "trained_len": 256, "block_size": 32},
+            "--sink-window=100000 makes a capacity of 100036 tokens (4 sink tokens + 100000 window "
+            "+ 32 stride), more than the 256 of the length the model was trained for; use a window "
+            "of 220 or less.",
         ),
         (
             {"sink_window": 4000},
@@ -202,15 +227,24 @@ def test_numbers_that_are_decided(options: dict[str, Any], schedule: Schedule) -
         ),
         (
             {"sink_tokens": 4096},
-            "--sink-tokens=4096 and a stride of 256 leave no window in 4096 tokens (the length "
-            "the model was trained for); use fewer sink tokens, a smaller --sink-stride (a "
-            "multiple of the KV block size 16) or a smaller --block-size.",
+            "--sink-tokens=4096 leaves no window beside a stride of 256 in 4096 tokens (the length "
+            "the model was trained for); use 3839 or fewer.",
         ),
         (
             {"sink_stride": 512, "max_model_len": 512, "sink_window": 8},
-            "--sink-tokens=4 and a stride of 512 leave no window in 512 tokens "
-            "(--max-model-len); use fewer sink tokens, a smaller --sink-stride (a multiple of the "
-            "KV block size 16) or a smaller --block-size.",
+            "--sink-stride=512 leaves no window behind 4 sink tokens in 512 tokens "
+            "(--max-model-len); use 496 or less (a multiple of the KV block size 16).",
+        ),
+        (
+            {"max_model_len": 20},
+            "--max-model-len=20 is no room for a window behind 4 sink tokens and a stride of one "
+            "KV block of 16 tokens; use 21 or more, or a smaller --block-size.",
+        ),
+        (
+            {"trained_len": 20, "block_size": 32},
+            "20 tokens (the length the model was trained for) is no room for a window behind 4 "
+            "sink tokens and a stride of one KV block of 32 tokens; use --kv-policy full, or a "
+            "smaller --block-size.",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -220,6 +254,56 @@ def test_numbers_that_are_refused(options: dict[str, Any], sentence: str) -> Non
         resolve(**options)
 
     assert str(error.value) == sentence
+
+
+_ADVICE = {
+    "sink_stride": r"^--sink-stride=.*use (\d+)",
+    "sink_window": r"^--sink-window=.*use a window of (\d+) or less",
+    "sink_tokens": r"^--sink-tokens=.*use (\d+) or fewer",
+    "max_model_len": r"^--max-model-len=.*use (\d+) or",
+}
+
+
+def advised(sentence: str) -> tuple[str, int]:
+    """The option that a refusal names first, and the value it advises."""
+    ((option, found),) = (
+        (option, found) for option, rule in _ADVICE.items() if (found := re.search(rule, sentence))
+    )
+    return option, int(found[1])
+
+
+def refusal_of(given: dict[str, Any]) -> str | None:
+    try:
+        resolve(**given)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_advice_is_about_what_was_given_and_is_accepted() -> None:
+    """Whoever follows each refusal starts, and never changes one option twice."""
+    rng = random.Random(0)
+    refusals: Counter[str] = Counter()
+    for _ in range(20_000):
+        most = rng.choice((40, 300, 5000))
+        given = {
+            "sink_tokens": rng.choice((4, rng.randrange(most))),
+            "sink_window": rng.choice((None, rng.randrange(1, most))),
+            "sink_stride": rng.choice((None, rng.randrange(1, most), 16 * rng.randrange(1, 40))),
+            "max_model_len": rng.choice((None, rng.randrange(1, most))),
+        }
+        given = {key: value for key, value in given.items() if value is not None}
+        fixed: dict[str, Any] = {"trained_len": rng.choice((64, 256, 4096)), "block_size": 16}
+        changed: set[str] = set()
+        while (refusal := refusal_of(given | fixed)) is not None:
+            option, value = advised(refusal)
+            assert option in given, (given, refusal)
+            assert f"{flag(option)}={given[option]}" in refusal
+            assert option not in changed, (given, refusal)
+            refusals[option] += 1
+            changed.add(option)
+            given[option] = value
+    assert min(refusals[option] for option in _ADVICE) > 100, refusals
 
 
 def test_every_number_is_consistent_or_refused() -> None:
@@ -249,7 +333,7 @@ def test_every_number_is_consistent_or_refused() -> None:
 
 
 def test_resolved_options_are_parsed_to_the_same_policy() -> None:
-    config = resolve(sink_window=1000, sink_prompt="truncate")
+    config = resolve(sink_window=1000, sink_prompt="truncate", sink_max_stream_tokens=5000)
 
     spelled = {"other": 1} | config.as_additional_config()
 

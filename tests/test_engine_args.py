@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,6 +140,27 @@ def test_block_size(
     assert policy is not None
     assert config.cache_config.block_size == policy.block_size == block_size
     assert policy.schedule.stride % block_size == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("sink_window", 100_000, r"^--sink-window=100000 .* use a window of (\d+) or less\.$"),
+        ("sink_stride", 5, r"^--sink-stride=5 is not a multiple of .* size 32; use (32)\.$"),
+        ("sink_stride", 100_000, r"^--sink-stride=100000 leaves no window .* use (\d+) or less"),
+        ("sink_tokens", 100_000, r"^--sink-tokens=100000 leaves no window .* use (\d+) or fewer"),
+    ],
+)
+def test_advice_is_accepted(model: str, option: str, value: int, sentence: str) -> None:
+    """Also where the block size is chosen: only for the options that were given."""
+    with pytest.raises(ValueError, match=sentence) as error:
+        build(model, SINK | {option: value})
+
+    found = re.match(sentence, str(error.value))
+    assert found is not None
+    policy = SinkConfig.of(build(model, SINK | {option: int(found[1])}))
+    assert policy is not None
+    assert policy.as_additional_config()[option] == int(found[1])
 
 
 def test_arguments_are_the_users_own_afterwards(model: str) -> None:

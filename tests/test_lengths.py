@@ -185,8 +185,13 @@ def _cards(config: VllmConfig) -> list[int | None]:
     return [card.max_model_len for card in asyncio.run(wrapped(registry)).data]
 
 
-def test_models_state_no_limit(engine_config: VllmConfig, stock_config: VllmConfig) -> None:
+def test_models_state_the_limit_that_clients_meet(
+    config_with: Callable[..., VllmConfig], engine_config: VllmConfig, stock_config: VllmConfig
+) -> None:
+    bounded = config_with(POLICY | {"sink_max_stream_tokens": 5000})
+
     assert _cards(front_view(engine_config)) == [None]
+    assert _cards(front_view(bounded)) == [5000]
     assert _cards(stock_config) == [stock_config.model_config.max_model_len]
 
 

@@ -16,8 +16,9 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 
 from sink_vllm.frontend import memory
 from sink_vllm.frontend.memory import EndlessRequestState, adopt
+from sink_vllm.frontend.prompts import ToldPrompt
 from sink_vllm.frontend.withheld import GIVE_UP_AFTER
-from tests.outputs import Processor, byte_fallback, byte_level, params
+from tests.outputs import POLICY, Processor, byte_fallback, byte_level, params
 
 LENGTH = 200_000
 
@@ -31,7 +32,8 @@ def state_size(state: RequestState) -> int:
     total, stack = 0, [cast(Any, state)]
     while stack:
         item = stack.pop()
-        if id(item) in seen or isinstance(item, (type, torch.Tensor)) or callable(item):
+        nothing = (type, torch.Tensor, ToldPrompt)
+        if id(item) in seen or isinstance(item, nothing) or callable(item):
             continue
         seen.add(id(item))
         if isinstance(item, str | bytes):
@@ -125,8 +127,7 @@ def test_slow_detokenizer_state_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         for _, token in zip(range(20_000), tokens, strict=False):
             request.step([token])
 
-        prompt = 2 * 3000  # the request's own list, and the account of it
-        assert state_size(request.state) < prompt + 4000
+        assert state_size(request.state) < 4000
 
 
 def test_held_back_text_leaves_for_good_at_the_latest_after_the_limit() -> None:
@@ -139,6 +140,47 @@ def test_held_back_text_leaves_for_good_at_the_latest_after_the_limit() -> None:
         told += "".join(output.outputs[0].text for output in request.step([token]))
 
     assert told.count("\ufffd") >= GIVE_UP_AFTER
+
+
+def test_prompt_is_named_until_every_choice_has_told_its_first_token() -> None:
+    """Outputs of choices that a client has not read are merged: none may lack what echo needs."""
+    prompt = [97] * (POLICY.capacity + 1)
+    request = Processor(byte_level(), params(n=2), ours=True, prompt=prompt)
+
+    first = [request.step([98], choice=0)[0] for _ in range(3)]
+    second = request.step([98], choice=1)[0]
+    later = [request.step([98], choice=choice)[0] for choice in (0, 1)]
+
+    for output in (*first, second):
+        assert output.prompt_token_ids == prompt
+        assert output.prompt == "a prompt"
+    for output in later:
+        assert output.prompt is None
+        assert len(output.prompt_token_ids or ()) == len(prompt)
+        with pytest.raises(LookupError, match="first output"):
+            list(output.prompt_token_ids or ())
+
+
+def test_prompt_that_fits_the_cache_is_named_as_ever() -> None:
+    prompt = [97] * POLICY.capacity
+    request = Processor(byte_level(), params(), ours=True, prompt=prompt)
+
+    for _ in range(3):
+        (output,) = request.step([98])
+        assert (output.prompt, output.prompt_token_ids) == ("a prompt", prompt)
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+def test_nothing_of_a_long_prompt_is_left(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "slow":
+        monkeypatch.setattr(detokenizer, "uses_fast_detokenizer", lambda _tokenizer: False)
+    request = Processor(byte_level(), params(), ours=True, prompt=[97] * LENGTH)
+
+    request.step([98])
+    request.step([98])
+
+    assert state_size(request.state) < 1000
+    assert request.state.prompt_len == LENGTH
 
 
 @pytest.mark.parametrize("kind", [RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE])
@@ -198,7 +240,7 @@ def test_only_vllms_own_output_processor_is_adopted() -> None:
         pass
 
     with pytest.raises(TypeError, match="Other"):
-        adopt(Other(None, log_stats=False))
+        adopt(Other(None, log_stats=False), POLICY)
 
 
 def test_guard_state_has_what_the_subclass_reads() -> None:

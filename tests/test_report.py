@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.v1.engine import FinishReason
@@ -174,7 +174,7 @@ def configs(tiny_llama: ModelFactory) -> dict[bool, VllmConfig]:
 
 
 async def _stream(
-    self: Any, request: Any, result_generator: AsyncIterator[Any]
+    self: Any, request: Any, engine_inputs: Any, result_generator: AsyncIterator[Any]
 ) -> AsyncIterator[str]:
     """What vLLM's generators do with the outputs, in short."""
     collected = ""
@@ -197,7 +197,9 @@ def _run(
 
     async def collect() -> list[str]:
         stream = _wrap_stream(keeps_text)(_stream)  # type: ignore[arg-type]
-        return [chunk async for chunk in stream(handler, SimpleNamespace(n=2), source())]
+        request = CompletionRequest(model="m", seed=None, prompt="p", n=2)
+        inputs = [{"type": "token", "prompt_token_ids": [1, 2]}] * 2
+        return [chunk async for chunk in stream(handler, request, inputs, source())]
 
     handler = SimpleNamespace(model_config=config.model_config)
     return asyncio.run(collect()), handler.collected

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,16 @@ def test_a_pin_never_lowers_the_sink_tokens(pinned: int, expected: int) -> None:
     assert pinned_sink_tokens(pinned, {"sink_pin": "system"}, CONFIG) == expected
 
 
+@pytest.mark.parametrize("window", [10**6, -5, True, "60"])
+def test_a_pin_beside_a_window_that_is_refused_elsewhere(window: object) -> None:
+    """The numbers of the sentence are possible ones."""
+    options = {"sink_pin": "system", "sink_window": window}
+
+    assert pinned_sink_tokens(40, options, CONFIG) == 40
+    with pytest.raises(ValueError, match=r"room for 64 beside a window of at least 32 and"):
+        pinned_sink_tokens(65, options, CONFIG)
+
+
 def test_a_pin_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"first 65 tokens.*128 tokens has room for 64 beside"):
         pinned_sink_tokens(65, {}, CONFIG)
@@ -248,6 +258,10 @@ def test_a_pin_that_does_not_fit() -> None:
 
 
 # -- through vLLM -------------------------------------------------------------------------------
+
+
+async def _accepted(_self: Any, prompt: Any, *_args: Any) -> AsyncIterator[Any]:
+    yield prompt
 
 
 class _FrontEnd:
@@ -261,7 +275,7 @@ class _FrontEnd:
         self.vllm_config = front_view(config)
         self._processor = InputProcessor(self.vllm_config)
         self._process = _wrap_process_inputs(inspect.unwrap(InputProcessor.process_inputs))
-        self._generate = _wrap_generate(lambda _self, *_args, **_kwargs: "accepted")
+        self._generate = _wrap_generate(_accepted)
 
     def both(self, tokens: int, params: SamplingParams, pinned: int | None = None) -> Any:
         """The request the engine core gets; refusals must be the same on both ways."""
@@ -270,7 +284,7 @@ class _FrontEnd:
             prompt[PINNED_KEY] = pinned
         errors = []
         try:
-            assert self._generate(self, prompt, params, "r") == "accepted"
+            assert isinstance(self._generate(self, prompt, params, "r"), AsyncGenerator)
         except VLLMValidationError as error:
             errors.append(str(error))
         try:
@@ -432,3 +446,67 @@ def test_guard_extra_arguments_reach_the_sampling_parameters(protocol: Any) -> N
 
     assert params.extra_args == {"sink_tokens": 5, "kv_policy": "sink"}
     assert isinstance(params.extra_args["sink_tokens"], int)
+
+
+# -- --sink-max-stream-tokens -------------------------------------------------------------------
+
+MOST = 200
+
+
+@pytest.fixture(scope="module")
+def bounded(tiny_llama: Callable[[TinyLlama], Path]) -> _FrontEnd:
+    return _FrontEnd(tiny_llama(TinyLlama()), POLICY | {"sink_max_stream_tokens": MOST}, 32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "max_tokens", "xargs", "expected"),
+    [
+        (50, None, {}, 150),
+        (50, FRONT_MAX - 50, {}, 150),  # what vLLM's handlers fill in
+        (50, 10**12, {}, 150),
+        (50, 151, {}, 150),
+        (50, 149, {}, 149),
+        (199, None, {}, 1),
+        # Nothing is evicted: the capacity of 128 tokens is less than the bound.
+        (50, None, {"kv_policy": "full"}, 78),
+        (50, 78, {"kv_policy": "full"}, 78),
+    ],
+)
+def test_output_is_cut_where_the_bound_is(
+    bounded: _FrontEnd, tokens: int, max_tokens: int | None, xargs: dict[str, Any], expected: int
+) -> None:
+    assert bounded.both(tokens, _params(max_tokens, **xargs)).sampling_params.max_tokens == expected
+
+
+def test_minimum_output_is_cut_too(bounded: _FrontEnd) -> None:
+    params = SamplingParams(max_tokens=1000, min_tokens=500)
+
+    request = bounded.both(50, params)
+
+    assert request.sampling_params.min_tokens == request.sampling_params.max_tokens == 150
+    assert (params.max_tokens, params.min_tokens) == (1000, 500)  # the caller's own
+
+
+@pytest.mark.parametrize("tokens", [MOST, MOST + 1, 100_000])
+@pytest.mark.parametrize("xargs", [{}, {"sink_tokens": 40}])
+def test_a_prompt_that_leaves_no_room(
+    bounded: _FrontEnd, tokens: int, xargs: dict[str, Any]
+) -> None:
+    with pytest.raises(VLLMValidationError) as error:
+        bounded.both(tokens, _params(1, **xargs))
+
+    assert error.value.parameter == "prompt"
+    assert str(error.value).startswith(
+        f"--sink-max-stream-tokens=200: a prompt of {tokens} tokens leaves no room for output in "
+        "the 200 tokens of prompt and output that this server allows a request; send at most 199 "
+        "tokens, or use a server with a larger --sink-max-stream-tokens."
+    )
+
+
+def test_a_bound_below_the_capacity(tiny_llama: Callable[[TinyLlama], Path]) -> None:
+    front = _FrontEnd(tiny_llama(TinyLlama()), POLICY | {"sink_max_stream_tokens": 100}, 32)
+    full = {"kv_policy": "full"}
+
+    assert front.both(60, _params(None, **full)).sampling_params.max_tokens == 40
+    with pytest.raises(VLLMValidationError, match=r"--sink-max-stream-tokens=100: .* 99 tokens"):
+        front.both(100, _params(None, **full))

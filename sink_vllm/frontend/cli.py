@@ -77,6 +77,13 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "system message of a chat are its sink tokens (never fewer than --sink-tokens). "
         "Default: none.",
     },
+    "sink_max_stream_tokens": {
+        "type": int,
+        "metavar": "TOKENS",
+        "help": "Most tokens of prompt and output of one request, for every request: a prompt "
+        "that leaves no room is refused (400), an answer ends there with finish_reason 'length'. "
+        "0 sets no bound. Default: 0.",
+    },
     "sink_streams": {
         "type": int,
         "metavar": "STREAMS",

@@ -40,7 +40,7 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
 
         from sink_vllm.frontend.memory import adopt
 
-        adopt(self.output_processor)
+        adopt(self.output_processor, policy)
 
     return __init__
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _CPU_BLOCK_MULTIPLE = 32  # vLLM's CPU attention takes nothing else
 _CPU_LATENT_BLOCK_SIZE = 16
-_CPU_BLOCK_SIZES = (128, 64, 32)
+_CPU_BLOCK_SIZES = (128, 64, 32)  # the last one divides the others
 _GPU_BLOCK_SIZE = 16  # vLLM's default
 _BLOCKS_PER_STREAM = 8  # fewer make the default stride a large part of the cache
 
@@ -115,7 +115,8 @@ def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int, lat
     if options.sink_window is None:
         capacity = limit
     else:
-        capacity = options.sink_tokens + options.sink_window + (options.sink_stride or 0)
+        asked = options.sink_tokens + options.sink_window + (options.sink_stride or 0)
+        capacity = min(asked, limit)  # what is above is refused, and not because of the block
     for block_size in _CPU_BLOCK_SIZES:
         fits_stride = options.sink_stride is None or options.sink_stride % block_size == 0
         if fits_stride and block_size * _BLOCKS_PER_STREAM <= capacity:

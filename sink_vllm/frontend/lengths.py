@@ -18,14 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sink_vllm.config import SinkConfig
+from sink_vllm.config import MOST_STREAM_TOKENS, SinkConfig
 from sink_vllm.patching import Patch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-FRONT_MAX = 2**31 - 1
-"""Most tokens of prompt and output together: vLLM's V2 model runner keeps the sum in an int32."""
+FRONT_MAX = MOST_STREAM_TOKENS
+"""The limit that the front end sees. ``--sink-max-stream-tokens`` is enforced per request instead
+(``sink_vllm.frontend.request_options``), whose refusal names the option."""
 
 _ATTRIBUTE = "_streaming_llm_front_view"
 
@@ -90,9 +91,10 @@ def _wrap_make_client(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_show_available_models(original: Callable[..., Any]) -> Callable[..., Any]:
     async def show_available_models(self: Any) -> Any:
         models = await original(self)
-        if policy_of(self.model_config) is not None:
-            for card in models.data:
-                card.max_model_len = None  # OpenAI clients read null as "not stated"
+        policy = policy_of(self.model_config)
+        if policy is not None:
+            for card in models.data:  # OpenAI clients read null as "not stated"
+                card.max_model_len = policy.max_stream_tokens or None
         return models
 
     return show_available_models

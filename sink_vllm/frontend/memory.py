@@ -8,6 +8,7 @@ token ids, text, held-back text     ``sink_vllm.frontend.detokenizer``
 log-probabilities                   the last few stay (vLLM looks back 4 for split characters)
 deltas a client has not read        at most ``STALLED_AFTER`` tokens, then the request is aborted
 text of a chat response             ``sink_vllm.frontend.streams``
+prompt, if longer than C tokens     its length stays (``sink_vllm.frontend.prompts``)
 inputs of a streaming-input session the last one stays
 ==================================  ==========================================================
 
@@ -18,13 +19,13 @@ fill the memory. The request ends as aborted; everything made until then is stil
 ``finish_reason`` ``"abort"``.
 """
 
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import (
     OutputProcessor,
     OutputProcessorOutput,
@@ -34,8 +35,11 @@ from vllm.v1.engine.output_processor import (
 )
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from sink_vllm.config import SinkConfig
 from sink_vllm.frontend.detokenizer import make_endless
+from sink_vllm.frontend.prompts import ToldPrompt
 from sink_vllm.frontend.report import Account
+from sink_vllm.frontend.sessions import SessionBound
 
 logger = init_logger(__name__)
 
@@ -45,23 +49,43 @@ _FORGET_LOGPROBS_AFTER = 64  # positions
 _KEEP_LOGPROBS = 8  # positions
 
 
+class Shared:
+    """What the choices of one request have in common."""
+
+    def __init__(self, parent: ParentRequest | None) -> None:
+        self.account = Account(single=parent is None)
+        self.untold = 1 if parent is None else parent.sampling_params.n
+        """Choices whose first token has not been told. Until all have been, outputs name the
+        whole prompt: outputs that a client has not read yet are merged with later ones."""
+
+
 class EndlessRequestState(RequestState):
     """vLLM's state of one response, which forgets what it has sent."""
 
-    def begin(self, account: Account, stalled: list[str]) -> None:
+    def begin(self, shared: Shared, stalled: list[str], capacity: int) -> None:
         """Take over from vLLM's class, before the first output.
 
         Args:
-            account: shared by the choices of a request.
+            shared: with the other choices of the request.
             stalled: where to name this request if its client stops reading.
+            capacity: tokens; a prompt that is longer is forgotten when it has been told.
         """
-        self._account = account
+        self._shared, self._account = shared, shared.account
         self._stalled = stalled
+        self._capacity = capacity
+        self._told = False
         self._delta = self.output_kind == RequestOutputKind.DELTA
+        self._keeps_prompt = self._delta
         self._sent = 0  # outputs
         self._discarded = 0  # output tokens that a session's next input took the place of
         if self._delta and self.detokenizer is not None:
             self._endless = make_endless(self.detokenizer, self.prompt_token_ids)
+
+    @property
+    def position(self) -> int:
+        """Tokens of prompt and output so far, of all inputs of a session together."""
+        assert self.detokenizer is not None
+        return self.prompt_len + self.detokenizer.num_output_tokens() - self._discarded
 
     def apply_streaming_update(self, update: StreamingUpdate) -> None:
         """Of a session's inputs, only the last one stays; vLLM would keep and send all of them."""
@@ -72,6 +96,10 @@ class EndlessRequestState(RequestState):
         self._discarded += 1
         if self._delta:
             self.prompt_len += before
+            self._keeps_prompt = True
+            if self._told:
+                self._told = False
+                self._shared.untold += 1
 
     def make_request_output(
         self,
@@ -94,11 +122,12 @@ class EndlessRequestState(RequestState):
                 **kwargs,
             )
         # Once per token of every stream: what is rarely needed is asked for first.
+        if self._keeps_prompt and not self._shared.untold:
+            self._forget_prompt()
         if kv_transfer_params is not None:
             self._account.update(self.request_index, kv_transfer_params)
         if finish_reason is not None:
-            made = self.detokenizer.num_output_tokens() - self._discarded
-            self._account.close(self.request_index, self.prompt_len + made)
+            self._account.close(self.request_index, self.position)
         elif self._delta and self.queue is not None and self._unread() > STALLED_AFTER:
             self._stalled.append(self.request_id)
         output = super().make_request_output(
@@ -114,6 +143,9 @@ class EndlessRequestState(RequestState):
             self._sent += 1
             if self._sent % _FORGET_EVERY == 0:
                 self._forget()
+            if not self._told and (new_token_ids or finish_reason is not None):
+                self._told = True
+                self._shared.untold -= 1
         return output
 
     def _unread(self) -> int:
@@ -122,6 +154,14 @@ class EndlessRequestState(RequestState):
         if not isinstance(waiting, RequestOutput):
             return 0
         return sum(len(completion.token_ids) for completion in waiting.outputs)
+
+    def _forget_prompt(self) -> None:
+        """What was sent has the prompt; what follows names its length."""
+        self._keeps_prompt = False
+        if self.prompt_token_ids is not None and len(self.prompt_token_ids) > self._capacity:
+            self.prompt = None
+            self.prompt_token_ids = cast(list[int], ToldPrompt(len(self.prompt_token_ids)))
+            self._endless.forget()  # may have a copy
 
     def _forget(self) -> None:
         self._endless.forget()
@@ -135,9 +175,12 @@ class EndlessRequestState(RequestState):
 class EndlessOutputProcessor(OutputProcessor):
     """vLLM's output processor with ``EndlessRequestState`` for its requests."""
 
-    def begin(self) -> None:
+    def begin(self, policy: SinkConfig) -> None:
+        self._capacity = policy.capacity
+        most = policy.max_stream_tokens
+        self._sessions = SessionBound(most) if most else None
         self._stalled: list[str] = []
-        self._accounts: WeakKeyDictionary[ParentRequest, Account] = WeakKeyDictionary()
+        self._shared: WeakKeyDictionary[ParentRequest, Shared] = WeakKeyDictionary()
 
     def add_request(
         self,
@@ -147,21 +190,29 @@ class EndlessOutputProcessor(OutputProcessor):
         request_index: int = 0,
         queue: RequestOutputCollector | None = None,
     ) -> None:
+        if self._sessions:
+            self._sessions.check(request)
         super().add_request(request, prompt, parent_req, request_index, queue)
         state = self.request_states.get(request.request_id)
         if state is None or isinstance(state, EndlessRequestState):
             return  # the end of a session, or its next input
         state.__class__ = EndlessRequestState
         assert isinstance(state, EndlessRequestState)
-        state.begin(self._account_for(parent_req), self._stalled)
+        state.begin(self._shared_by(parent_req), self._stalled, self._capacity)
+        if self._sessions is not None and request.resumable:
+            self._sessions.open(state)
 
-    def _account_for(self, parent_req: ParentRequest | None) -> Account:
+    def _shared_by(self, parent_req: ParentRequest | None) -> Shared:
         if parent_req is None:
-            return Account(single=True)
-        return self._accounts.setdefault(parent_req, Account(single=False))
+            return Shared(None)
+        return self._shared.setdefault(parent_req, Shared(parent_req))
 
-    def process_outputs(self, *args: Any, **kwargs: Any) -> OutputProcessorOutput:
-        processed = super().process_outputs(*args, **kwargs)
+    def process_outputs(
+        self, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+    ) -> OutputProcessorOutput:
+        ended = self._sessions.end(engine_core_outputs) if self._sessions else ()
+        processed = super().process_outputs(engine_core_outputs, *args, **kwargs)
+        processed.reqs_to_abort += ended
         if self._stalled:
             for request_id in self._stalled:
                 logger.warning(
@@ -172,11 +223,15 @@ class EndlessOutputProcessor(OutputProcessor):
                 )
             processed.reqs_to_abort += self.abort_requests(self._stalled, internal=True)
             self._stalled.clear()
+        if self._sessions:
+            self._sessions.forget(self.request_states)
         return processed
 
 
-def adopt(output_processor: Any) -> None:
-    """Make vLLM's output processor one for endless streams, before its first request.
+def adopt(output_processor: Any, policy: SinkConfig) -> None:
+    """Make vLLM's output processor one for the endless streams of ``policy``.
+
+    Call it before the first request.
 
     Raises:
         TypeError: it is not vLLM's own class.
@@ -188,4 +243,4 @@ def adopt(output_processor: Any) -> None:
         )
     output_processor.__class__ = EndlessOutputProcessor
     assert isinstance(output_processor, EndlessOutputProcessor)
-    output_processor.begin()
+    output_processor.begin(policy)

@@ -10,15 +10,18 @@ from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sink_vllm.config import POLICY_KEY, SinkConfig
+from sink_vllm.config import POLICY_KEY, SinkConfig, flag
 from sink_vllm.frontend.lengths import FRONT_MAX, policy_of
+from sink_vllm.frontend.prompts import OutputsOf
 from sink_vllm.patching import Patch
 from sink_vllm.request_options import (
+    BOUND_KEY,
     PIN_KEY,
     REQUEST_KEYS,
     TOKENS_KEY,
     WINDOW_KEY,
     RequestPolicy,
+    check_bound,
     check_full,
     check_pages,
     pinned_sink_tokens,
@@ -36,8 +39,9 @@ def apply_options(params: "SamplingParams", prompt: Any, vllm_config: "VllmConfi
     """Check the options in ``params.extra_args``, and leave them normalised for the scheduler.
 
     Args:
-        params: the request's own; ``extra_args`` is replaced, and ``max_tokens`` of a request
-            with ``kv_policy="full"`` that names none becomes what fits.
+        params: the request's own; ``extra_args`` is replaced, ``max_tokens`` of a request with
+            ``kv_policy="full"`` that names none becomes what fits, and no ``max_tokens`` stays
+            above what ``--sink-max-stream-tokens`` leaves.
         prompt: vLLM's ``EngineInput``, or any other prompt of one that has no pin.
         vllm_config: of the front end, under the policy.
 
@@ -56,8 +60,11 @@ def apply_options(params: "SamplingParams", prompt: Any, vllm_config: "VllmConfi
         schedule = request.schedule(policy)
         if schedule is not None and (pages := _pool_pages(vllm_config)) is not None:
             check_pages(schedule, policy.block_size, pages)
-        if schedule is None and (tokens := _field(prompt, "prompt_token_ids")) is not None:
+        tokens = _field(prompt, "prompt_token_ids")
+        if schedule is None and tokens is not None:
             params.max_tokens = _full_max_tokens(params, len(tokens), policy)
+        if policy.max_stream_tokens and tokens is not None:
+            _bound(params, len(tokens), policy.max_stream_tokens)
     except ValueError as error:
         raise _refused(str(error)) from error
     others = {key: value for key, value in extra_args.items() if key not in REQUEST_KEYS}
@@ -114,6 +121,12 @@ def _full_max_tokens(params: "SamplingParams", prompt_tokens: int, policy: SinkC
     return check_full(prompt_tokens, given, policy.capacity)
 
 
+def _bound(params: "SamplingParams", prompt_tokens: int, most: int) -> None:
+    """Cut ``max_tokens``, as vLLM's handlers cut what does not fit into ``--max-model-len``."""
+    params.max_tokens = check_bound(prompt_tokens, params.max_tokens, most)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
+
+
 def _pool_pages(vllm_config: "VllmConfig") -> int | None:
     """Pages one engine has for streams; ``None`` before it has reported them."""
     pages = vllm_config.cache_config.num_gpu_blocks
@@ -136,6 +149,8 @@ def _field(prompt: Any, key: str) -> Any:
 def _refused(message: str) -> Exception:
     from vllm.exceptions import VLLMValidationError
 
+    if message.startswith(flag(BOUND_KEY)):
+        return VLLMValidationError(message, parameter="prompt")
     option = next((key for key in REQUEST_KEYS if message.startswith(key)), WINDOW_KEY)
     return VLLMValidationError(message, parameter=f"vllm_xargs.{option}")
 
@@ -148,6 +163,9 @@ def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
         else:
             # On a copy: the caller's object may serve other prompts too.
             apply_options(copy(sampling_params), prompt, self.vllm_config)
+            if isinstance(prompt, dict):
+                own = dict(prompt)
+                return OutputsOf(original(self, own, sampling_params, *args, **kwargs), own)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     return generate

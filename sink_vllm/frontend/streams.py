@@ -1,9 +1,9 @@
-"""Streams of ``/v1/completions`` and ``/v1/chat/completions``: reports, and no copy of the text.
+"""Streams of ``/v1/completions`` and ``/v1/chat/completions``: reports, and nothing kept.
 
 vLLM's stream generators turn outputs of the engine into server-sent events. They do not pass
-``kv_transfer_params`` on, and the one for chat keeps the text of the whole response for the
-request log. Both are wrapped from outside: the outputs that go in are watched, the events that
-come out get the report.
+``kv_transfer_params`` on, the one for chat keeps the text of the whole response for the request
+log, and both keep the prompt. They are wrapped from outside: the outputs that go in are watched,
+the events that come out get the report.
 """
 
 import inspect
@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from sink_vllm.frontend.lengths import policy_of
+from sink_vllm.frontend.prompts import Luggage, forget_body
 from sink_vllm.frontend.report import (
     FIELD,
     KEY,
@@ -35,12 +36,15 @@ class Unkept(str):
 class _Watch:
     """The outputs on their way into a stream generator."""
 
-    def __init__(self, outputs: AsyncIterator[Any], choices: int, keep_text: bool) -> None:
+    def __init__(
+        self, outputs: AsyncIterator[Any], choices: int, keep_text: bool, luggage: Luggage
+    ) -> None:
         self.reports: dict[int, Report] = {}
         """Of choices whose last output went in and whose last event has not come out."""
         self._outputs = outputs
         self._choices = choices
         self._keep_text = keep_text
+        self._luggage = luggage
 
     async def __call__(self) -> AsyncGenerator[Any, None]:
         async for item in self._outputs:
@@ -55,6 +59,8 @@ class _Watch:
                         index = prompt_index * self._choices + completion.index
                         self.reports[index] = report
             yield item
+            if self._luggage.untold:
+                self._luggage.told(prompt_index, output)
 
 
 def _wrap_stream(
@@ -65,10 +71,13 @@ def _wrap_stream(
 
         async def watched(call: inspect.BoundArguments) -> AsyncGenerator[str, None]:
             arguments = call.arguments
+            policy = policy_of(arguments["self"].model_config)
+            assert policy is not None
             watch = _Watch(
                 arguments["result_generator"],
                 choices=arguments["request"].n or 1,
                 keep_text=keeps_text(arguments["self"]),
+                luggage=Luggage(arguments, policy),
             )
             async with aclosing(watch()) as outputs:
                 arguments["result_generator"] = outputs
@@ -91,6 +100,19 @@ def _chat_keeps_text(handler: Any) -> bool:
     return handler.parser_cls is not None or bool(
         handler.enable_log_outputs and handler.request_logger
     )
+
+
+def _wrap_create(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For both handlers: the body is of no use when a stream has been made of it."""
+
+    async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+        response = await original(self, request, raw_request)
+        streams = isinstance(response, AsyncGenerator)
+        if streams and raw_request is not None and policy_of(self.model_config) is not None:
+            forget_body(raw_request)
+        return response
+
+    return create
 
 
 def _wrap_full_completion(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +148,18 @@ PATCHES = (
         target="vllm.entrypoints.openai.chat_completion.serving:"
         "OpenAIServingChat.chat_completion_stream_generator",
         wrapper=_wrap_stream(_chat_keeps_text),
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.completion.serving:"
+        "OpenAIServingCompletion.create_completion",
+        wrapper=_wrap_create,
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.chat_completion.serving:"
+        "OpenAIServingChat.create_chat_completion",
+        wrapper=_wrap_create,
         record="0007-response-streams",
     ),
 )
