@@ -29,6 +29,8 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.plan import REPORT_KEY, Resent, StepPlan
+from sink_vllm.scheduler.output_tail import forget_evicted
+from sink_vllm.scheduler.reasoning import decide_reasoning
 from sink_vllm.scheduler.recycler import Recycler
 from sink_vllm.scheduler.tables import PageTables
 
@@ -87,6 +89,7 @@ class StreamingLLMMixin(Scheduler):
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
+            decide_reasoning(self.structured_output_manager, request)
             self.recycler.open(request)
         super().add_request(request)
 
@@ -94,6 +97,7 @@ class StreamingLLMMixin(Scheduler):
         """The next input of a session may be longer than its cache."""
         visible = self.recycler.extend(session, update.prompt_token_ids or [])
         super()._update_request_as_session(session, replace(update, prompt_token_ids=visible))
+        forget_evicted(session)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
