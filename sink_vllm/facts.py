@@ -5,6 +5,7 @@ No decision is made here. Imports vLLM only inside the functions that read.
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ class Facts:
     position_scaled_attention: str | None = None
     """The setting that scales queries by their absolute position."""
     prompt_embeds: bool = False
-    custom_logits_processors: bool = False
+    custom_logits_processors: str | None = None
+    """The option that names some, or the installed plugin that brings some."""
+    watermarking: str | None = None
+    """The algorithm that marks texts."""
 
     # The engine.
     platform: str = "cpu"
@@ -100,6 +104,7 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         prefill_context_parallel=parallel.prefill_context_parallel_size,
         decode_context_parallel=parallel.decode_context_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
+        watermarking=None if (mark := vllm_config.watermark_config) is None else mark.algorithm,
         v2_runner=vllm_config.use_v2_model_runner,
         legacy_ray_executor=parallel.use_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
         microbatching=parallel.use_ubatching,
@@ -132,8 +137,18 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "position_scaled_attention": _setting(text, _POSITION_SCALING_SETTINGS)
         or next(filter(None, (_setting(p, _POSITION_SCALING_SETTINGS) for p in rope)), None),
         "prompt_embeds": model_config.enable_prompt_embeds,
-        "custom_logits_processors": bool(model_config.logits_processors),
+        "custom_logits_processors": _custom_logits_processors(model_config),
     }
+
+
+def _custom_logits_processors(model_config: "ModelConfig") -> str | None:
+    from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
+
+    if model_config.logits_processors:
+        return "--logits-processors"
+    # vLLM loads those of installed packages without being asked.
+    plugin = next(iter(entry_points(group=LOGITSPROCS_GROUP)), None)
+    return None if plugin is None else f"the installed plugin {plugin.name!r}"
 
 
 def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:

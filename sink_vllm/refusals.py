@@ -183,9 +183,16 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "custom logits processors",
         "custom logits processors",
-        lambda f: _if(f.custom_logits_processors, "--logits-processors"),
+        lambda f: f.custom_logits_processors,
         "they are given a list of output tokens, from which evicted ones are missing",
-        "drop --logits-processors",
+        "drop --logits-processors, or uninstall the plugin",
+    ),
+    Refusal(
+        "watermarking",
+        "watermarks in texts",
+        lambda f: f.watermarking,
+        "a context is marked once per answer, and evicted tokens are missing from the search",
+        "drop --watermark-config",
     ),
     Refusal(
         "routed experts",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from vllm.sampling_params import RepetitionDetectionParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from tests.conftest import ModelFactory
@@ -81,6 +82,16 @@ def test_async_penalties_and_stop_tokens(engine: Engine, oracle: Oracle) -> None
     (stopped,) = engine.greedy(PROMPTS[:1], 400, stop_token_ids=[free.tokens[index]])
 
     assert stopped.tokens == free.tokens[: index + 1]
+
+
+def test_async_repetitions_are_found_across_evictions(engine: Engine) -> None:
+    """The token that completes the pattern is the last one, although another is in flight."""
+    detection = RepetitionDetectionParams(max_pattern_size=64, min_pattern_size=64, min_count=5)
+
+    results = engine.greedy(PROMPTS, 500, allowed_token_ids=[97], repetition_detection=detection)
+
+    assert [len(result.tokens) for result in results] == [320] * len(PROMPTS)
+    assert {result.stop_reason for result in results} == {"repetition_detected"}
 
 
 def test_async_seeds(engine: Engine) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config.watermarking import WatermarkConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from sink_vllm.config import SinkConfig
@@ -349,6 +350,30 @@ def test_features_that_are_refused(model: str, settings: dict[str, Any], what: s
         build(model, **settings)
 
     assert what in str(error.value)
+
+
+def test_installed_logits_processors_are_refused(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM loads those that a package registers without being told to."""
+    package = tmp_path / "mine-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[vllm.logits_processors]\nours = mine:Processor\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    with pytest.raises(ValueError, match=r"the installed plugin 'ours'.*uninstall the plugin"):
+        build(model)
+
+
+def test_watermarks_are_a_fact(model: str) -> None:
+    """On CPUs vLLM itself refuses to build such a configuration: its V2 runner needs Triton."""
+    config = EngineArgs(model=model, block_size=32).create_engine_config()
+    assert facts_of(config).watermarking is None
+
+    config.watermark_config = WatermarkConfig(key=1)
+
+    assert facts_of(config).watermarking == "gumbel"
 
 
 def test_fp8_is_refused_where_vllm_has_no_kernels(

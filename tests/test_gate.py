@@ -58,7 +58,11 @@ CASES: dict[str, tuple[Facts, str]] = {
         "llama_4_scaling_beta=0.1",
     ),
     "prompt embeddings": (Facts(prompt_embeds=True), "--enable-prompt-embeds"),
-    "custom logits processors": (Facts(custom_logits_processors=True), "--logits-processors"),
+    "custom logits processors": (
+        Facts(custom_logits_processors="--logits-processors"),
+        "--logits-processors",
+    ),
+    "watermarking": (Facts(watermarking="gumbel"), "gumbel"),
     "routed experts": (Facts(routed_experts=True), "--enable-return-routed-experts"),
     "platform": (Facts(platform="xpu"), "xpu"),
     "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),

@@ -17,7 +17,7 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import BeamSearchParams
+from vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
@@ -30,6 +30,7 @@ from sink_vllm.frontend.requests import (
     _wrap_beam_search_online,
     _wrap_process_inputs,
 )
+from sink_vllm.look_back import MOST_LOOK_BACK
 from tests.tiny_models import VOCAB_SIZE, TinyLlama
 
 POLICY = {"kv_policy": "sink", "sink_tokens": 4, "sink_window": 92, "sink_stride": 32}
@@ -104,6 +105,52 @@ def test_prompt_logprobs_only_within_the_capacity(process: Process, num_tokens: 
 
     with pytest.raises(VLLMValidationError, match=r"prompt_logprobs.*capacity 128 tokens"):
         process(num_tokens, params)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count", "max_tokens", "fits"),
+    [
+        (32_768, 2, None, True),
+        (32_768, 3, None, False),
+        (10**6, 5, None, False),
+        (10**6, 5, MOST_LOOK_BACK, True),
+        (10**6, 5, MOST_LOOK_BACK + 1, False),
+        (10**6, 0, None, True),  # off
+        (10**6, 5, CAPACITY - 10, True),  # evicts nothing
+    ],
+)
+def test_repetitions_are_searched_as_far_back_as_tokens_are_kept(
+    process: Process, pattern: int, count: int, max_tokens: int | None, fits: bool
+) -> None:
+    """Not further back than the answer is long; the bound is named."""
+    detection = RepetitionDetectionParams(max_pattern_size=pattern if count else 0, min_count=count)
+    params = SamplingParams(max_tokens=max_tokens, repetition_detection=detection)
+    if fits:
+        assert process(10, params).sampling_params is not None
+        return
+
+    with pytest.raises(VLLMValidationError, match=rf"repetition_detection: .* {MOST_LOOK_BACK} "):
+        process(10, params)
+
+
+@pytest.mark.parametrize("kv_policy", ["sink", "full"])
+@pytest.mark.parametrize("length", [92, 93])
+def test_bad_words_fit_into_the_window(process: Process, length: int, kv_policy: str) -> None:
+    """Behind an eviction the last tokens of an answer are those of the window."""
+    params = SamplingParams(
+        max_tokens=40,
+        _bad_words_token_ids=[[1], list(range(length))],
+        extra_args={"kv_policy": kv_policy},
+    )
+    for prompt in (CAPACITY - 40, CAPACITY - 39):
+        refused = prompt + 40 > CAPACITY and length > 92
+        if kv_policy == "full" and prompt + 40 > CAPACITY:
+            continue  # refused for its length
+        if not refused:
+            assert process(prompt, params).sampling_params is not None
+            continue
+        with pytest.raises(VLLMValidationError, match=r"bad_words: a word of 93 .* window of 92"):
+            process(prompt, params)
 
 
 def test_streaming_input_sessions(process: Process) -> None:

@@ -10,14 +10,16 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm import RequestOutput
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
 from vllm.inputs.engine import tokens_input
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.request import RequestStatus
 
 from tests.conftest import ModelFactory
 from tests.engine import (
@@ -57,19 +59,21 @@ class Session:
     stream: list[int] = field(default_factory=list)
     """Prompt and computed output tokens so far."""
 
-    def send(self, tokens: Sequence[int], num_tokens: int) -> None:
-        self._send(tokens, num_tokens, resumable=True)
+    def send(self, tokens: Sequence[int], num_tokens: int, **params: Any) -> None:
+        self._send(tokens, num_tokens, resumable=True, **params)
         self.stream += tokens
 
     def close(self) -> None:
         self._send([0], 1, resumable=False)
 
-    def _send(self, tokens: Sequence[int], num_tokens: int, *, resumable: bool) -> None:
+    def _send(
+        self, tokens: Sequence[int], num_tokens: int, *, resumable: bool, **params: Any
+    ) -> None:
         llm = self.engine.llm.llm_engine
         request = llm.input_processor.process_inputs(
             self.name,
             {"prompt_token_ids": list(tokens)},
-            greedy_params(num_tokens, output_kind=RequestOutputKind.DELTA),
+            greedy_params(num_tokens, output_kind=RequestOutputKind.DELTA, **params),
             supported_tasks=("generate",),
             resumable=resumable,
         )
@@ -175,6 +179,26 @@ def test_pages_of_a_session_are_found_by_others(engine: Engine, oracle: Oracle) 
 
     judge(oracle, POLICY, [prompt], [result])
     assert result.cached_tokens >= len(session.stream) - BLOCK_SIZE - POLICY.g
+
+
+def test_repetitions_are_searched_in_each_answer_alone(engine: Engine) -> None:
+    """As in vLLM, what was said before an input does not count for the answer to it."""
+    detection = RepetitionDetectionParams(max_pattern_size=50, min_pattern_size=50, min_count=5)
+    session = Session(engine, "s")
+    for turn, (most, made) in enumerate([(240, 240), (400, 250), (400, 250), (90, 90)]):
+        session.send(
+            random_tokens(20, turn),
+            most,
+            allowed_token_ids=[97],
+            repetition_detection=detection,
+        )
+        answer = run({"s": session}, made)["s"]
+        assert len(answer.tokens) == made
+        assert engine.scheduler.requests["s"].status == RequestStatus.WAITING_FOR_STREAMING_REQ
+    session.close()
+    while engine.llm.llm_engine.has_unfinished_requests():
+        assert not engine.llm.llm_engine.step()
+    check_all_free(engine)
 
 
 async def whole_session(

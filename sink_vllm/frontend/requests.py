@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sink_vllm.config import POLICY_KEY, SinkConfig
 from sink_vllm.frontend.lengths import FRONT_MAX, policy_of
 from sink_vllm.frontend.request_options import PINNED_KEY, apply_options, refuse_options
+from sink_vllm.look_back import MOST_LOOK_BACK, longest, repetition_look_back
 from sink_vllm.patching import Patch
 
 if TYPE_CHECKING:
@@ -118,6 +119,38 @@ def check_request(
     # Like vLLM's OpenAI handlers: an output that would not fit behind the prompt is cut silently.
     # Nobody reads the two thousand million tokens that remain.
     params.max_tokens = min(params.max_tokens, room)
+    if FRONT_MAX - room + params.max_tokens > policy.capacity:
+        check_look_back(params, policy.schedule.window)
+
+
+def check_look_back(params: "SamplingParams", window: int) -> None:
+    """Refuse what would have to look at evicted output tokens that nobody keeps.
+
+    Args:
+        params: of a request that may evict; ``max_tokens`` and ``bad_words`` are filled in.
+        window: last tokens of its stream that are always cached.
+
+    Raises:
+        VLLMValidationError: HTTP status 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    detection = params.repetition_detection
+    look_back = repetition_look_back(detection, params.max_tokens or 0)
+    if detection is not None and look_back > MOST_LOOK_BACK:
+        raise VLLMValidationError(
+            f"repetition_detection: max_pattern_size={detection.max_pattern_size} times "
+            f"min_count={detection.min_count} looks back over {look_back} tokens, and at most "
+            f"{MOST_LOOK_BACK} are kept when tokens are evicted; use a smaller product, or a "
+            "smaller max_tokens.",
+            parameter="repetition_detection",
+        )
+    if (word := longest(params.bad_words_token_ids)) > window:
+        raise VLLMValidationError(
+            f"bad_words: a word of {word} tokens cannot be recognised in a window of {window}; "
+            f"use words of at most {window} tokens, or a larger window.",
+            parameter="bad_words",
+        )
 
 
 def _wrap_beam_search_online(original: Callable[..., Any]) -> Callable[..., Any]:

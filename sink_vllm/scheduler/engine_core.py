@@ -23,7 +23,7 @@ def _wrap_preprocess_add_request(original: Callable[..., Any]) -> Callable[..., 
         made, wave = original(self, request)
         # Of a session this may be another input than the first, which only the scheduler knows.
         if not made.resumable:
-            setattr(made, PREPARED, self.scheduler.recycler.prepare(made))
+            setattr(made, PREPARED, self.scheduler.prepare(made))
         return made, wave
 
     return preprocess_add_request

@@ -32,7 +32,10 @@ from sink_vllm.plan import REPORT_KEY, Resent, StepPlan
 from sink_vllm.scheduler.admission import Admission, Standing, Verdict
 from sink_vllm.scheduler.engine_core import PREPARED
 from sink_vllm.scheduler.ledger import IntegrityError
+from sink_vllm.scheduler.output_tail import forget_evicted
+from sink_vllm.scheduler.reasoning import decide_reasoning
 from sink_vllm.scheduler.recycler import Recycler
+from sink_vllm.scheduler.stream import Stream
 from sink_vllm.scheduler.tables import FoundPages, PageTables
 
 # Below vLLM's own logger, whose handlers print it.
@@ -103,10 +106,17 @@ class StreamingLLMMixin(Scheduler):
 
     # -- requests come and go ---------------------------------------------------------------
 
+    def prepare(self, request: Request) -> Stream:
+        """What has to be done with a whole prompt, before the engine sees the start of it only.
+
+        vLLM's input thread does it for most requests (``engine_core``).
+        """
+        decide_reasoning(self.structured_output_manager, request)
+        return self.recycler.prepare(request)
+
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
-            stream = getattr(request, PREPARED, None)
-            self.recycler.open(request, stream or self.recycler.prepare(request))
+            self.recycler.open(request, getattr(request, PREPARED, None) or self.prepare(request))
         super().add_request(request)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
@@ -120,6 +130,7 @@ class StreamingLLMMixin(Scheduler):
         super()._update_request_as_session(session, replace(update, prompt_token_ids=visible))
         if holds_none:
             session.num_computed_tokens = 0
+        forget_evicted(session)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

@@ -11,6 +11,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.schedule import Schedule
+from sink_vllm.scheduler.output_tail import keep_evicted
 from sink_vllm.scheduler.pending import PendingTokens
 
 
@@ -102,6 +103,8 @@ def compact(request: Request, stream: Stream) -> None:
     prompt = request.prompt_token_ids[:begin] + request.prompt_token_ids[prompt_end:]
     del request._all_token_ids[begin:end]
     first_output = max(begin - num_prompt, 0)
+    if dropped_outputs:
+        keep_evicted(request, first_output, dropped_outputs)
     del request._output_token_ids[first_output : first_output + dropped_outputs]
     if stream.pending:
         arrivals = stream.pending.take(schedule.stride)
