@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -257,7 +258,7 @@ def test_a_resend_behind_blocked_requests_is_looked_up(blocked: str) -> None:
     watch.send("running", random_tokens(20, 2), 100, lora=1)
     watch.step()
     for index in range(3):
-        keys = {"lora": 2} if blocked == "LoRA" else {"grammar": 60}
+        keys: dict[str, Any] = {"lora": 2} if blocked == "LoRA" else {"grammar": 60}
         watch.send(f"blocked {index}", random_tokens(20, 3 + index), 5, **keys)
 
     again = resend(watch, first)

@@ -144,12 +144,12 @@ class Run:
                 self.settle()
             pool.recycler.started(self.request, resumed=self.resumed)
         elif hits:
-            (found,), length = pool.manager.find_longest_cache_hit(
+            (hit,), length = pool.manager.find_longest_cache_hit(
                 self.request.block_hashes, len(tokens) - 1, [0], pool.blocks,
                 pool.manager.spec, False, BLOCK,
             )  # fmt: skip
             length = min(length, (pool.schedule.capacity - 1) // BLOCK * BLOCK)
-            pool.manager.add_local_computed_blocks(rid, found[: length // BLOCK], length, 0)
+            pool.manager.add_local_computed_blocks(rid, hit[: length // BLOCK], length, 0)
             self.request.num_computed_tokens = self.computed = length
 
     @property

@@ -148,6 +148,7 @@ def test_guests_give_way_once_and_lose_nothing(tiny_llama: ModelFactory) -> None
     assert most > 2
     assert max(restarts) == 1
     for life in lives:
+        assert life.result is not None
         for _, tokens in life.restarts:
             assert tokens == [*life.prompt, *life.result.tokens][: len(tokens)]  # nothing evicted
     results = [life.result for life in lives if life.result is not None]

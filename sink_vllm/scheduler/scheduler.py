@@ -67,7 +67,8 @@ class StreamingLLMMixin(Scheduler):
         self.admission = Admission(
             tables,
             by_priority=self.policy == SchedulingPolicy.PRIORITY,
-            no_limit=_NO_LENGTH_LIMIT,
+            # What the front end fills in when a client names no limit of its own.
+            no_limit=config.max_stream_tokens or _NO_LENGTH_LIMIT,
             watermark=self.kv_cache_manager.watermark_blocks,
         )
         # The block manager keeps C + 1; what must not see that limit is the stop check. Chunks
