@@ -456,7 +456,7 @@ class Episode:
                     goes_on = not client.closing and rng.random() < 0.02
                 if goes_on:
                     self._go_on(client)
-            if not client.ended and rng.random() < self.trouble / 3:
+            if not watch.clients[client.name].ended and rng.random() < self.trouble / 3:
                 watch.abort(client, in_step=rng.random() < 0.5)
         if self.unpause_at and watch.steps >= self.unpause_at:
             self._unpause()

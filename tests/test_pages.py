@@ -77,7 +77,8 @@ class Crowd:
 
         def counting_preempt(request: Any, *args: Any, **kwargs: Any) -> None:
             crowd.preempted.add(request.request_id)
-            crowd.evicted_then_preempted += request.request_id in engine.manager.sink_pages
+            ledger = engine.scheduler.ledger
+            crowd.evicted_then_preempted += ledger.pinned(0, request.request_id) is not None
             preempt(request, *args, **kwargs)
 
         engine.scheduler._preempt_request = counting_preempt
@@ -142,8 +143,9 @@ def test_no_page_is_lost_in_a_crowd(
 
     served = [client for client in crowd.clients if not client.aborted]
     assert len(served) < NUM_REQUESTS
-    assert len(crowd.preempted) >= 10
-    assert crowd.evicted_then_preempted >= 1  # tests/test_preemption.py looks closer
+    # Guests give way; who has evicted does so to higher priorities only.
+    assert len(crowd.preempted) >= 3
+    assert order == "priority" or crowd.evicted_then_preempted == 0
     for client in served:
         assert client.output is not None
         result = Generated.of(client.output)

@@ -33,7 +33,7 @@ def engine(tiny_llama: ModelFactory) -> Iterator[Engine]:
         POLICY,
         enable_prefix_caching=True,
         max_num_seqs=STREAMS + RESENDS,
-        # All streams and one resent conversation fill a step; the other seven hold pages and wait.
+        # All streams and one resent conversation fill a step; the other seven wait.
         max_num_batched_tokens=STREAMS + 64,
         num_gpu_blocks_override=400,
     ) as engine:
@@ -95,7 +95,7 @@ class Crowd:
         self._preempt(request, *args, **kwargs)
         answer = self.answers[request.request_id.split("-")[0]]
         pending = self._engine.scheduler.recycler.streams[request.request_id].pending
-        answer.begin = [*request._all_token_ids, *reversed(pending)]
+        answer.begin = [*request._all_token_ids, *pending]
         answer.first = len(answer.generated)
 
     def add(self, name: str, prompt: list[int], num_tokens: int) -> None:
@@ -116,7 +116,7 @@ class Crowd:
 def test_a_busy_engine_survives_the_loss_of_its_cache(
     engine: Engine, oracle: Oracle, clear: Callable[[Engine], None]
 ) -> None:
-    """32 endless streams, 8 resent conversations of which most hold pages and wait: nothing raises,
+    """32 endless streams, 8 resent conversations of which most wait: nothing raises,
     and every token afterwards is that of its stream, or of its survivors."""
     conversations = [random_tokens(200 + 30 * i, 50 + i) for i in range(RESENDS)]
     turns = engine.greedy(conversations, 20)
@@ -134,7 +134,7 @@ def test_a_busy_engine_survives_the_loss_of_its_cache(
         for i, prompt in enumerate(resent):
             crowd.add(f"resent{i}", prompt, JUDGED)
         crowd.step()
-        assert len(engine.scheduler.kv_holding_waiting) >= 5  # resumed, and not yet admitted
+        assert len(engine.scheduler.waiting) >= 5
 
         clear(engine)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _TRIM = 1 << 16  # tokens that were taken and are still held, at most (or half of all)
 
@@ -28,6 +28,9 @@ class PendingTokens:
 
     def __len__(self) -> int:
         return len(self._tokens) - self._at
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tokens[self._at :])
 
     def take(self, count: int) -> list[int]:
         """The next ``count`` tokens, or what is left."""
