@@ -92,7 +92,7 @@ class Watch:
             self.reach["preemptions"] += 1
             preempt(*args, **kwargs)
 
-        self.core.scheduler._preempt_request = counted_preempt  # type: ignore[method-assign]
+        self.core.scheduler._preempt_request = counted_preempt
 
     def send(
         self,
@@ -446,13 +446,13 @@ class Episode:
         for client in list(watch.clients.values()):
             if client.ended:
                 continue
-            if client.session and not settled:
+            if rng.random() < self.trouble / 3:
+                watch.abort(client, in_step=rng.random() < 0.5)
+            elif client.session and not settled:
                 if client.idle and not client.patient and rng.random() < 0.3:
                     self._go_on(client)
                 elif not client.idle and not client.closing and rng.random() < 0.02:
                     self._go_on(client)  # without waiting for the answer
-            if not client.ended and rng.random() < self.trouble / 3:
-                watch.abort(client, in_step=rng.random() < 0.5)
         if self.unpause_at and watch.steps >= self.unpause_at:
             self._unpause()
         if rng.random() < self.trouble:

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.config import LoRAConfig, VllmConfig
@@ -53,7 +52,7 @@ from tests.page_content import PageContent
 from tests.tiny_models import TinyLlama, write_tiny_llama
 
 _MOST_SEQUENCES = 64
-_ARITHMETIC = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+_ARITHMETIC: dict[str, Any] = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +69,7 @@ class Settings:
     """``max_num_batched_tokens``."""
     long_prefill: int = 0
     """``long_prefill_token_threshold``."""
-    policy: str = "fcfs"
+    policy: Literal["fcfs", "priority"] = "fcfs"
     asynchronous: bool = False
     v2: bool = False
     """Which of vLLM's model runners the scheduler plans for."""
@@ -122,10 +121,10 @@ def finished_config(settings: Settings) -> VllmConfig:
     model = config.model_config = copy.copy(base.model_config)
     model.max_model_len = settings.schedule.capacity + 1
     if settings.native_window:
-        model.hf_text_config = SimpleNamespace(
-            layer_types=["full_attention", "sliding_attention"],
-            sliding_window=settings.native_window,
-        )
+        text: Any = copy.copy(base.model_config.hf_text_config)
+        text.layer_types = ["full_attention", "sliding_attention"]
+        text.sliding_window = settings.native_window
+        model.hf_text_config = text
     cache = config.cache_config = copy.copy(base.cache_config)
     cache.block_size = settings.block_size
     cache.enable_prefix_caching = settings.caching
@@ -274,6 +273,8 @@ def made_up(request_id: str, number: int) -> int:
 class Core(EngineCore):
     """``EngineCore`` on an executor without a model."""
 
+    scheduler: Any  # vLLM's interface lacks what is looked at here
+
     def __init__(self, settings: Settings) -> None:  # does without vLLM's, which needs a model
         _, manager = _base()
         self.settings = settings
@@ -307,7 +308,7 @@ class Core(EngineCore):
         windows = [getattr(one, "sliding_window", None) or 0 for one in specs]
         content = PageContent(settings.block_size, windows)
         self.model = NoModel(self.scheduler.requests, content)
-        self.model_executor = self.model  # type: ignore[assignment]
+        self.model_executor = self.model
         self.use_spec_decode = self.check_for_draft_tokens = False
         self.mm_receiver_cache = None
         self.is_mm_encoder_only = self.is_pooling_model = False

@@ -256,8 +256,9 @@ def test_a_resend_behind_blocked_requests_is_looked_up(blocked: str) -> None:
     watch.send("running", random_tokens(20, 2), 100, lora=1)
     watch.step()
     for index in range(3):
-        keys = {"lora": 2} if blocked == "LoRA" else {"grammar": 60}
-        watch.send(f"blocked {index}", random_tokens(20, 3 + index), 5, **keys)
+        lora, grammar = (2, None) if blocked == "LoRA" else (0, 60)
+        tokens = random_tokens(20, 3 + index)
+        watch.send(f"blocked {index}", tokens, 5, lora=lora, grammar=grammar)
 
     again = resend(watch, first)
     watch.run(lambda: again.ended)
