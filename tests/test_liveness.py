@@ -42,6 +42,8 @@ REACH = {
 """What must have happened, per episode."""
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # 13 ms of a core per episode: two minutes on two cores of one's own
 def test_random_episodes() -> None:
     """Nobody hangs, starves or loses a page, whatever clients and operators do."""
     seeds = seeds_of(os.environ.get("LIVENESS_SEEDS", EPISODES))
