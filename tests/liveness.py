@@ -143,24 +143,16 @@ class Watch:
         self.reach["aborts"] += 1
 
     def reset(self, *, running: bool) -> None:
-        """Empty the prefix cache; vLLM cannot while sessions hold pages between their inputs."""
-        held = any(
-            request.resumable
-            and request.num_computed_tokens
-            and request.status != RequestStatus.RUNNING
-            for request in self.core.scheduler.requests.values()
-        )
+        """Empty the prefix cache; with those that run, whoever holds pages is computed again."""
+        scheduler = self.core.scheduler
         if running:
             self.needed += sum(
                 min(request.num_tokens, self.clients[request.request_id].schedule.capacity)
-                for request in self.core.scheduler.running
+                for request in (*scheduler.running, *scheduler.kv_holding_waiting)
             )
-        try:
-            self.core.reset_prefix_cache(reset_running_requests=running)
-        except RuntimeError as error:
-            if not held or "Failed to reset KV cache" not in str(error):
-                raise
-            self.reach["resets refused"] += 1
+        emptied = self.core.reset_prefix_cache(reset_running_requests=running)
+        if running and not emptied:
+            raise Unfair("reset", "pages are held although everybody was preempted")
         self.reach["resets"] += 1
 
     def step(self) -> list[EngineCoreOutput]:
@@ -449,15 +441,13 @@ class Episode:
         for client in list(watch.clients.values()):
             if client.ended:
                 continue
-            if client.session and not settled:
-                if client.idle:
-                    goes_on = not client.patient and rng.random() < 0.3
-                else:  # without waiting for the answer
-                    goes_on = not client.closing and rng.random() < 0.02
-                if goes_on:
-                    self._go_on(client)
-            if not watch.clients[client.name].ended and rng.random() < self.trouble / 3:
+            if rng.random() < self.trouble / 3:
                 watch.abort(client, in_step=rng.random() < 0.5)
+            elif client.session and not settled:
+                if client.idle and not client.patient and rng.random() < 0.3:
+                    self._go_on(client)
+                elif not client.idle and not client.closing and rng.random() < 0.02:
+                    self._go_on(client)  # without waiting for the answer
         if self.unpause_at and watch.steps >= self.unpause_at:
             self._unpause()
         if rng.random() < self.trouble:

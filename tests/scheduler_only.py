@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig
 from vllm.config import LoRAConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
@@ -122,12 +121,10 @@ def finished_config(settings: Settings) -> VllmConfig:
     model = config.model_config = copy.copy(base.model_config)
     model.max_model_len = settings.schedule.capacity + 1
     if settings.native_window:
-        model.hf_text_config = PretrainedConfig.from_dict(
-            {
-                "layer_types": ["full_attention", "sliding_attention"],
-                "sliding_window": settings.native_window,
-            }
-        )
+        text: Any = copy.copy(base.model_config.hf_text_config)
+        text.layer_types = ["full_attention", "sliding_attention"]
+        text.sliding_window = settings.native_window
+        model.hf_text_config = text
     cache = config.cache_config = copy.copy(base.cache_config)
     cache.block_size = settings.block_size
     cache.enable_prefix_caching = settings.caching
@@ -276,7 +273,7 @@ def made_up(request_id: str, number: int) -> int:
 class Core(EngineCore):
     """``EngineCore`` on an executor without a model."""
 
-    scheduler: Any
+    scheduler: Any  # vLLM's interface lacks what is looked at here
 
     def __init__(self, settings: Settings) -> None:  # does without vLLM's, which needs a model
         _, manager = _base()

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -44,6 +43,7 @@ REACH = {
 """What must have happened, per episode."""
 
 
+@pytest.mark.timeout(1800)  # 13 ms of a core per episode: two minutes on two cores of one's own
 def test_random_episodes() -> None:
     """Nobody hangs, starves or loses a page, whatever clients and operators do."""
     seeds = seeds_of(os.environ.get("LIVENESS_SEEDS", EPISODES))
@@ -258,8 +258,9 @@ def test_a_resend_behind_blocked_requests_is_looked_up(blocked: str) -> None:
     watch.send("running", random_tokens(20, 2), 100, lora=1)
     watch.step()
     for index in range(3):
-        keys: dict[str, Any] = {"lora": 2} if blocked == "LoRA" else {"grammar": 60}
-        watch.send(f"blocked {index}", random_tokens(20, 3 + index), 5, **keys)
+        lora, grammar = (2, None) if blocked == "LoRA" else (0, 60)
+        tokens = random_tokens(20, 3 + index)
+        watch.send(f"blocked {index}", tokens, 5, lora=lora, grammar=grammar)
 
     again = resend(watch, first)
     watch.run(lambda: again.ended)

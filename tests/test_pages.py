@@ -144,7 +144,7 @@ def test_no_page_is_lost_in_a_crowd(
     served = [client for client in crowd.clients if not client.aborted]
     assert len(served) < NUM_REQUESTS
     # Guests give way; who has evicted does so to higher priorities only.
-    assert len(crowd.preempted) >= 3
+    assert len(crowd.preempted) >= 1
     assert order == "priority" or crowd.evicted_then_preempted == 0
     for client in served:
         assert client.output is not None
