@@ -242,6 +242,8 @@ class StreamingLLMMixin(Scheduler):
         """Take the pages of a request that holds some; it is computed again later."""
         if request.status == RequestStatus.RUNNING:
             self.running.remove(request)
+            # It may be admitted again in this step, as after a reset of the prefix cache.
+            self.prev_step_scheduled_req_ids.discard(request.request_id)
             # vLLM would lose a session that stops with an output from before its preemption.
             self._preempt_request(request, time.monotonic(), drop_stale_output=request.resumable)
             return
