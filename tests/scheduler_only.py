@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ from vllm.v1.structured_output.backend_types import (
 
 from sink_vllm.config import SinkConfig
 from sink_vllm.plugin import register
-from sink_vllm.request_options import RequestPolicy, check_pages
+from sink_vllm.request_options import RequestPolicy, check_pages, most_sink_tokens
 from sink_vllm.schedule import Schedule
 from sink_vllm.scheduler.scheduler import make_scheduler
 from sink_vllm.scheduler.spec import StreamingLLMSpec, StreamingLLMWindowSpec
@@ -152,6 +152,11 @@ def _groups(settings: Settings) -> list[KVCacheSpec]:
     )
     if not settings.native_window:
         return [full]
+    # As `StreamingLLMSpec.wrap` does: room for all sink tokens a request may ask for.
+    config = SinkConfig(
+        schedule=s, block_size=settings.block_size, native_window=settings.native_window
+    )
+    full = replace(full, pinnable=most_sink_tokens(config))
     windowed = StreamingLLMWindowSpec(
         block_size=settings.block_size, sliding_window=settings.native_window, **_ARITHMETIC
     )

@@ -108,8 +108,11 @@ class PageTables:
             sink_delta: rope positions between the sinks as first computed and as seen from now on.
 
         Returns:
-            The page moves, or ``None`` when the pool has too few free pages (nothing changed).
+            The page moves, or ``None`` when the pool has too few free pages; then nothing changed
+            but that windowed layers have given up what no query sees any more.
         """
+        for window in self.windowed:
+            window.remove_skipped_blocks(request_id, schedule.capacity)
         needs = [one.pages_to_evict(request_id, schedule, window_delta) for one in self.full]
         windows = [one.pages_to_evict(request_id, window_delta) for one in self.windowed]
         given_back = sum(one.pages_given_back(request_id, schedule) for one in self.full)

@@ -43,10 +43,10 @@ class StreamingLLMWindowManager(SlidingWindowManager):
         """First half of an eviction: ``g`` tokens before the window leave the block table.
 
         Args:
-            request_id: a request with exactly ``C`` cached tokens and none in flight.
+            request_id: a request with exactly ``C`` cached tokens, none in flight, and no pages
+                before its window.
             schedule: of this request; the same in every call.
         """
-        self.remove_skipped_blocks(request_id, schedule.capacity)
         table = self.req_to_blocks[request_id]
         dropped = schedule.stride // self.block_size
         assert all(block.is_null for block in table[:dropped]), "the window reaches the sinks"
