@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from sink_vllm.schedule import Schedule, cdiv
 from sink_vllm.scheduler.ledger import IntegrityError
+from sink_vllm.stats import GAUGES, StreamingLLMStats
 from tests.judge import random_tokens
 from tests.liveness import Client, Failure, Watch, run_many, seeds_of
 from tests.scheduler_only import Core, Settings
@@ -345,3 +347,50 @@ def _lose_a_page(core: Core) -> None:
 def _free_a_held_page(core: Core) -> None:
     table = core.managers[0].req_to_blocks["stream"]
     core.pool.free_blocks(table[:1])
+
+
+def counted_stats(watch: Watch) -> Counter[str]:
+    """What the scheduler reports from now on: prefix-cache counters, and the last gauges."""
+    seen: Counter[str] = Counter()
+    make_stats = watch.core.scheduler.make_stats
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        stats = make_stats(*args, **kwargs)
+        ours = StreamingLLMStats.take(stats)
+        seen["queries"] += stats.prefix_cache_stats.queries
+        seen["hits"] += stats.prefix_cache_stats.hits
+        seen["resumed"] += ours.resumed
+        for gauge in GAUGES:
+            seen[gauge] = getattr(ours, gauge)
+        return stats
+
+    watch.core.scheduler.make_stats = counting
+    return seen
+
+
+def test_resumed_tokens_count_in_the_prefix_cache_metrics() -> None:
+    """Whole prompts, as in stock vLLM, although the engine sees a part of them at a time."""
+    watch = Watch(replace(USUAL, spare_pages=60, log_stats=True))
+    seen = counted_stats(watch)
+
+    first = first_turn(watch, "conversation", 600)
+    assert (seen["queries"], seen["hits"], seen["resumed"]) == (600, 0, 0)
+    again = resend(watch, first)
+    served(watch)
+
+    assert again.cached > again.schedule.capacity
+    assert seen["queries"] == 600 + 625 + 20
+    assert (seen["hits"], seen["resumed"]) == (again.cached, 1)
+
+
+def test_an_operator_sees_who_waits_for_pages() -> None:
+    """A pool for one stream, and two that want it."""
+    watch = Watch(replace(USUAL, log_stats=True))
+    seen = counted_stats(watch)
+    for index in range(2):
+        watch.send(f"stream {index}", random_tokens(20, index), 200)
+    for _ in range(5):
+        watch.step()
+    assert (seen["residents"], seen["waiting_for_pages"]) == (1, 1)
+    watch.finish()
+    assert not any(seen[gauge] for gauge in GAUGES)
