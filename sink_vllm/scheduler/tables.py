@@ -133,7 +133,7 @@ class PageTables:
     # -- resuming from the prefix cache -----------------------------------------------------
 
     def has_sinks(self, schedule: Schedule, hashes: Sequence[BlockHash]) -> bool:
-        """Whether the prefix cache has the pages with the sinks (or the first, if there are none).
+        """Whether the prefix cache has the pages with the sinks; yes if there are none.
 
         Args:
             schedule: of a stream.
@@ -143,7 +143,7 @@ class PageTables:
 
     def num_sink_pages(self, schedule: Schedule) -> int:
         """Pages from the start of a stream without which it cannot be resumed."""
-        return max(EvictionPages.of(schedule, self.block_size).sinks, 1)
+        return EvictionPages.of(schedule, self.block_size).sinks
 
     def find_resume(
         self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int
