@@ -31,13 +31,13 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.request import Request
 
 from sink_vllm.schedule import EvictionPages, Schedule
+from sink_vllm.scheduler.pending import BREATH
 
 if TYPE_CHECKING:
     from sink_vllm.scheduler.stream import Stream
 
 _RUN = 64  # pages; a run is remembered as a whole
 _REMEMBERED = 1 << 18  # pages, some 75 bytes each
-_BREATH = 1e-4  # seconds
 
 Run = tuple[object, ...]
 
@@ -162,9 +162,7 @@ class PageHasher:
             if known is None:
                 known = self._hash_pages(request, schedule, run, start, parent)
                 self._runs.add(key, known)
-                # The engine's loop wants the interpreter, too: it would wait for a time slice,
-                # which is longer than a run takes.
-                time.sleep(_BREATH)
+                time.sleep(BREATH)
             found += known
             parent = known[-1]
         rest = len(found) * self._block_size

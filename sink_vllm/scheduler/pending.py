@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 
 _TRIM = 1 << 16  # tokens that were taken and are still held, at most (or half of all)
+_PIECE = 1 << 14  # tokens; a third of a millisecond
+BREATH = 1e-4
+"""Seconds to sleep between pieces of long work beside the engine's loop: it wants the interpreter,
+too, and would wait for a time slice of the thread that works, which is longer than a piece."""
+
+
+def as_array(tokens: Sequence[int]) -> array[int]:
+    """``tokens`` at 4 bytes each; in pieces, because one call would keep other threads waiting."""
+    made = array("i")
+    for begin in range(0, len(tokens), _PIECE):
+        made.extend(tokens[begin : begin + _PIECE])
+        if begin:
+            time.sleep(BREATH)
+    return made
 
 
 class PendingTokens:

@@ -13,7 +13,7 @@ from sink_vllm.request_options import RequestPolicy
 from sink_vllm.schedule import EvictionPages, Schedule
 from sink_vllm.scheduler.account import Account
 from sink_vllm.scheduler.hashing import PageHasher
-from sink_vllm.scheduler.pending import PendingTokens
+from sink_vllm.scheduler.pending import PendingTokens, as_array
 from sink_vllm.scheduler.stream import Stream, compact, settle, show
 from sink_vllm.scheduler.tables import FoundPages, PageTables
 
@@ -57,7 +57,7 @@ class Recycler:
         tokens: array[int] | None = None
         if length > schedule.capacity:
             assert request.prompt_token_ids is not None  # embeddings are refused in the front end
-            tokens = array("i", request.prompt_token_ids)
+            tokens = as_array(request.prompt_token_ids)
             if self.hasher is not None and not request.skip_reading_prefix_cache:
                 stream.prompt = tokens
             self._show_prompt(request, stream, tokens)
