@@ -1,6 +1,7 @@
 """Hashes of pages: a chain that is remembered in runs, and made once."""
 
 import inspect
+from array import array
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from vllm.v1.request import Request
 
 from sink_vllm.schedule import Schedule
 from sink_vllm.scheduler import hashing
-from sink_vllm.scheduler.hashing import PageHasher
+from sink_vllm.scheduler.hashing import PageHasher, RememberedRuns
 from tests.conftest import ModelFactory
 from tests.engine import Policy, running_engine
 from tests.tiny_models import TinyLlama
@@ -110,3 +111,35 @@ def test_guard_requests_get_the_hasher_of_the_core(tiny_llama: ModelFactory) -> 
         engine.greedy([[1, 2, 3]], 2)
 
         assert engine.core.request_block_hasher is None
+
+
+def test_an_unknown_prompt_costs_its_sink_pages_before_it_starts() -> None:
+    """Without them nothing of it can be found, so the rest is hashed as it is computed."""
+    count = Counting()
+    hasher, tokens = PageHasher(BLOCK, count), array("i", TOKENS)
+
+    def first_are_cached(_: object) -> bool:
+        return False
+
+    unknown = hasher.hashes_of_prompt(request_of(), SCHEDULE, tokens, 2, first_are_cached)
+    assert count.calls == 2
+
+    known = hasher.hashes_of_prompt(request_of(), SCHEDULE, tokens, 2, lambda _: True)
+    assert known == one_by_one(request_of(), SCHEDULE, TOKENS)
+    assert unknown == known[:2]
+
+
+def test_one_prompt_of_any_length_leaves_what_others_come_back_to() -> None:
+    """Runs that were asked for twice are not pushed out by those that are seen once."""
+    count = Counting()
+    hasher = PageHasher(BLOCK, count)
+    hasher._runs = RememberedRuns(pages=8 * hashing._RUN)
+    for _ in range(2):
+        hasher.hashes(request_of(), SCHEDULE, TOKENS)
+    endless = [(11 * i) % 997 for i in range(40 * RUN)]
+    hasher.hashes(request_of(cache_salt="another"), SCHEDULE, endless)
+    before = count.calls
+
+    hasher.hashes(request_of(), SCHEDULE, TOKENS)
+
+    assert count.calls - before == 17 // BLOCK  # less than a run is not remembered
