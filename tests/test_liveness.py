@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 
 from sink_vllm.schedule import Schedule, cdiv
 from sink_vllm.scheduler.ledger import IntegrityError
@@ -394,3 +395,23 @@ def test_an_operator_sees_who_waits_for_pages() -> None:
     assert (seen["residents"], seen["waiting_for_pages"]) == (1, 1)
     watch.finish()
     assert not any(seen[gauge] for gauge in GAUGES)
+
+
+def test_a_pause_waits_for_what_runs_beside_parked_sessions() -> None:
+    """vLLM counts what is unfinished; sessions that gave up their pages must not hide others."""
+    watch = Watch(replace(USUAL, spare_pages=1))
+    session = watch.send("session", random_tokens(100, 1), 5, session=True)
+    served(watch)
+    stream = watch.send("stream", random_tokens(600, 2), 50)
+    while not stream.received:
+        watch.step()
+    assert session.name in watch.core.scheduler._parked
+
+    watch.core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    assert watch.core.scheduler.get_num_unfinished_requests() == 1
+    served(watch)
+    assert watch.core.scheduler.get_num_unfinished_requests() == 0
+
+    watch.core.scheduler.set_pause_state(PauseState.UNPAUSED)
+    watch.extend(session, random_tokens(10, 3), 5)
+    watch.finish()

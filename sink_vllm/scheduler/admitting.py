@@ -61,6 +61,9 @@ class AdmittingMixin(Scheduler):
         """Requests admitted in this step, and the cached pages they are resumed from."""
         self._passed_over = 0
         self._short_of_pages = False
+        self._adapters: set[int] = set()
+        self._adapters_of = -1
+        """Adapters of the running requests, when there were so many."""
         self._parked: set[str] = set()
         """Sessions between two inputs that have given up pages and model-runner slot."""
 
@@ -92,6 +95,7 @@ class AdmittingMixin(Scheduler):
 
     def _begin_step(self) -> None:
         self._passed_over, self._short_of_pages = 0, False
+        self._adapters_of = -1
         self.ledger.begin()
 
     def _make_room(self) -> None:
@@ -156,6 +160,14 @@ class AdmittingMixin(Scheduler):
         if request.request_id in self._parked:
             self._parked.discard(request.request_id)
             self.max_num_active_reqs -= 1
+
+    def get_num_unfinished_requests(self) -> int:
+        """vLLM takes sessions between two inputs off the requests that hold pages, and parked ones
+        hold none."""
+        unfinished = super().get_num_unfinished_requests()
+        if self._pause_state == PauseState.PAUSED_NEW:
+            unfinished += len(self._parked)
+        return unfinished
 
     def _make_progress(self) -> None:
         """Nothing runs: sessions whose clients are silent give way to who waits for pages."""
@@ -224,8 +236,11 @@ class AdmittingMixin(Scheduler):
         """
         if self.lora_config is None or request.lora_request is None:
             return True
-        adapters = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
-        return len(adapters | {request.lora_request.lora_int_id}) <= self.lora_config.max_loras
+        if len(self.running) != self._adapters_of:  # vLLM only appends to it here
+            self._adapters_of = len(self.running)
+            self._adapters = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
+        adapters = self._adapters | {request.lora_request.lora_int_id}
+        return len(adapters) <= self.lora_config.max_loras
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Look a waiting request up, and decide whether it is admitted.

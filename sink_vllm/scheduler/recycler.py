@@ -248,8 +248,9 @@ class Recycler:
         return len(cached)
 
     def show_whole(self, request: Request) -> None:
-        """Take :meth:`show_resumed` back: the request waits on."""
+        """Take :meth:`show_resumed` back: the request waits on, as if it had not been found."""
         stream = self.streams[request.request_id]
+        self.dirty.discard(request.request_id)
         assert stream.prompt is not None
         stream.evictions = stream.evicted = stream.reanchorings = 0
         hashes = stream.prompt_hashes
