@@ -87,6 +87,7 @@ OBJECT_CHANGES = (
     ObjectChange("sink_vllm.frontend.lengths", "front.model_config.<_ATTRIBUTE>", "0047-marks"),
     ObjectChange("sink_vllm.frontend.renderer", "renderer.<_ATTRIBUTE>", "0047-marks"),
     ObjectChange("sink_vllm.scheduler", "output.<StepPlan.ATTRIBUTE>", "0047-marks"),
+    ObjectChange("sink_vllm.scheduler.engine_core", "made.<PREPARED>", "0047-marks"),
     ObjectChange("sink_vllm.patching", "owner.*", "0047-marks"),
     ObjectChange("sink_vllm.frontend.cli", "namespace.*", "0048-values-of-a-request"),
     *(
@@ -96,6 +97,11 @@ OBJECT_CHANGES = (
             "params.*",
             "response.kv_transfer_params",
             "completion.text",
+            "self._messages.messages",
+            "state.streaming_input",
+            "output.finish_reason",
+            "output.new_token_ids*",
+            "output.new_logprobs",
         )
     ),
     ObjectChange("sink_vllm.service", "params.*", "0048-values-of-a-request"),
@@ -106,6 +112,9 @@ OBJECT_CHANGES = (
             "params.*",
             "data.sampling_params*",
             "output.kv_transfer_params",
+            "session.num_computed_tokens",
+            "structured.reasoning_ended",
+            "cache.*",
         )
     ),
 )

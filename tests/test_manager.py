@@ -128,6 +128,7 @@ class Run:
         pool.recycler.open(self.request, self.stream)
         self.computed = 0
         if hits and self.stream.prompt is not None:
+            pool.ledger.begin()
             pool.ledger.spare = pool.spare
             found = pool.recycler.look_up(self.request)
             self.resumed = found is not None
@@ -346,6 +347,7 @@ def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
         )
         assert other.hasher is not None
         hashes = other.hasher.hashes(request, schedule, tokens)
+        pool.ledger.begin()
         found = pool.tables.find_resume(schedule, hashes, (len(tokens) - 1) // BLOCK)
         return None if found is None else found.end
 

@@ -96,8 +96,26 @@ def test_index_lists_every_record() -> None:
 
 # Objects of ours, by the names the code gives them; what else is assigned to is vLLM's.
 OURS = {
-    "sink_vllm.scheduler": {"stream", "self.stats", "first", "full"},
-    "sink_vllm.service": {"stream", "state"},  # the latter is Starlette's, made for such things
+    "sink_vllm.scheduler": {
+        "stream",
+        "stats",
+        "self.stats",
+        "self.account.stats",
+        "ledger",
+        "self.ledger",
+        "holder",
+        "first",
+        "full",
+    },
+    "sink_vllm.service": {
+        "stream",
+        "self._stream",
+        "self._clients[client]",
+        "held",
+        "state",  # Starlette's, made for such things
+        "raw_request.state",
+    },
+    "sink_vllm.frontend.memory": {"self._shared"},
     "sink_vllm.worker": {"layer", "step", "finish"},  # the steps of the self-test, made by it
     "sink_vllm.refused": {"sys"},  # record 0001 tells of it
     "sink_vllm.plugin": {"os"},  # the environment of child processes

@@ -181,8 +181,12 @@ class StreamingLLMManager(FullAttentionManager):
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
-    def is_cached(self, block_hash: BlockHash) -> bool:
+    def is_known(self, block_hash: BlockHash) -> bool:
         """Whether the prefix cache has a page of every table that is looked up with this one."""
+        return self.block_pool.get_cached_block(block_hash, self.lookup_groups) is not None
+
+    def is_cached(self, block_hash: BlockHash) -> bool:
+        """The same, of pages that moves of this step may read."""
         return is_movable(self, self.ledger, block_hash, self.lookup_groups)
 
     def found(self, schedule: Schedule, hashes: Sequence[BlockHash], end: int) -> Resumption:

@@ -135,11 +135,13 @@ class PageTables:
     def has_sinks(self, schedule: Schedule, hashes: Sequence[BlockHash]) -> bool:
         """Whether the prefix cache has the pages with the sinks; yes if there are none.
 
+        It may just have got them, in which case they are of no use before the next step.
+
         Args:
             schedule: of a stream.
             hashes: of at least these pages.
         """
-        return all(map(self._first.is_cached, hashes[: self.num_sink_pages(schedule)]))
+        return all(map(self._first.is_known, hashes[: self.num_sink_pages(schedule)]))
 
     def num_sink_pages(self, schedule: Schedule) -> int:
         """Pages from the start of a stream without which it cannot be resumed."""
@@ -159,7 +161,7 @@ class PageTables:
             The cached pages, past the capacity; ``None`` if the sink pages, or every window, have
             gaps in the cache.
         """
-        if not self.has_sinks(schedule, hashes):
+        if not all(map(self._first.is_cached, hashes[: self.num_sink_pages(schedule)])):
             return None
         needed = [
             Needed(partial(self._first.first_page, schedule), _by_page(self._first, hashes)),
