@@ -35,7 +35,7 @@ from sink_vllm.scheduler.page_change import (
     cached_pages,
     is_movable,
     move_of,
-    note_fresh,
+    noting_fresh,
     rewritten,
 )
 from sink_vllm.scheduler.spec import StreamingLLMSpec
@@ -281,11 +281,8 @@ class StreamingLLMManager(FullAttentionManager):
     # -- what vLLM calls --------------------------------------------------------------------
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        before = self.num_cached_block.get(request.request_id, 0)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
-        after = self.num_cached_block.get(request.request_id, 0)
-        if after > before:
-            note_fresh(self.ledger, self.req_to_blocks[request.request_id], before, after)
+        with noting_fresh(self, self.ledger, request.request_id):
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def stop_hashing(self, request_id: str) -> None:
         """Let no further page of a request into the prefix cache."""

@@ -1,6 +1,7 @@
 """How block tables change their pages: shared by the block managers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -50,9 +51,17 @@ def rewritten(ledger: PageLedger, block: KVCacheBlock, reserved: int) -> KVCache
     return target
 
 
-def note_fresh(ledger: PageLedger, table: Sequence[KVCacheBlock], before: int, after: int) -> None:
-    """Entries ``[before, after)`` of a block table have just entered the prefix cache."""
-    ledger.fresh.update(block.block_id for block in table[before:after])
+@contextmanager
+def noting_fresh(
+    manager: SingleTypeKVCacheManager, ledger: PageLedger, request_id: str
+) -> Iterator[None]:
+    """Note the pages of a request that enter the prefix cache inside."""
+    before = manager.num_cached_block.get(request_id, 0)
+    yield
+    after = manager.num_cached_block.get(request_id, 0)
+    if after > before:
+        entered = manager.req_to_blocks[request_id][before:after]
+        ledger.fresh.update(block.block_id for block in entered)
 
 
 def is_movable(

@@ -20,7 +20,7 @@ from sink_vllm.scheduler.page_change import (
     cached_pages,
     is_movable,
     move_of,
-    note_fresh,
+    noting_fresh,
     rewritten,
 )
 
@@ -111,11 +111,8 @@ class StreamingLLMWindowManager(SlidingWindowManager):
 
         A stream is resumed at the longest boundary that is cached, wherever that is.
         """
-        before = self.num_cached_block.get(request.request_id, 0)
-        super().cache_blocks(request, num_tokens, None, replay_boundaries=replay_boundaries)
-        after = self.num_cached_block.get(request.request_id, 0)
-        if after > before:
-            note_fresh(self.ledger, self.req_to_blocks[request.request_id], before, after)
+        with noting_fresh(self, self.ledger, request.request_id):
+            super().cache_blocks(request, num_tokens, None, replay_boundaries=replay_boundaries)
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
