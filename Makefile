@@ -30,7 +30,7 @@ test-all: $(STAMP) ## the tests and those marked slow: every model family, every
 
 fuzz: $(STAMP) ## requests made up from the server's OpenAPI schema (/v1/streams, options of requests)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[fuzz]"
-	@$(BIN)/python -m pytest tests/test_fuzz.py -p no:schemathesis $(ARGS)
+	@$(BIN)/python -m pytest tests/server/test_fuzz.py -p no:schemathesis $(ARGS)
 
 test-fast: $(STAMP) ## the tests that need no engine
 	@$(BIN)/python -m pytest -m "not engine and not server and not ray and not slow and not gpu" $(ARGS)

@@ -39,9 +39,9 @@ class FrontEnd:
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.output_processor import OutputProcessor
 
-        from sink_vllm.config import SinkConfig
-        from sink_vllm.frontend.memory import adopt
-        from sink_vllm.schedule import Schedule
+        from sink_vllm.policy.config import SinkConfig
+        from sink_vllm.policy.schedule import Schedule
+        from sink_vllm.server.memory import adopt
 
         tokenizer = get_tokenizer(str(MODEL))
         self._processor = OutputProcessor(tokenizer, log_stats=False)

@@ -28,8 +28,8 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from benchmarks.common import Results, default_name
 from benchmarks.gpu.pages import moves_of_one_eviction
 from benchmarks.paged_layers import PagedLayers
-from sink_vllm.plan import PageMove
-from sink_vllm.worker.page_moves import PageMover
+from sink_vllm.policy.plan import PageMove
+from sink_vllm.worker.moves.mover import PageMover
 
 BLOCK = 32
 KV_HEADS, HEAD_SIZE = 4, 32

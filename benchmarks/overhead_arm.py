@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from sink_vllm.schedule import Schedule
+from sink_vllm.policy.schedule import Schedule
 
 UNTIMED_STEPS = 4  # at the beginning of a round: caches are cold after the other arm's turn
 SETTLING_STRIDES = 3  # evictions of every stream of the sink arm before anything is timed

@@ -36,7 +36,7 @@ import httpx
 
 from benchmarks.common import MODEL, Results, Rows, default_name, describe
 from examples.serving import Server
-from sink_vllm.schedule import Schedule, pages_per_stream
+from sink_vllm.policy.schedule import Schedule, pages_per_stream
 
 NAME = "model"
 BLOCK = 32

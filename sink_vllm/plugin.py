@@ -3,51 +3,16 @@
 vLLM calls :func:`register` once in every process: API servers, engine cores, workers. It changes
 nothing that a user without ``--kv-policy sink`` can observe, apart from the new flags. Beside a
 vLLM it was not made for it does not even that: it warns, and refuses the policy (see
-``sink_vllm.frontend.unsupported``).
+``sink_vllm.compat.unsupported``).
 """
 
 import logging
 import os
-import re
-from importlib.metadata import requires
 
-DISTRIBUTION = "sink-vllm"
+from sink_vllm.compat.versions import DISTRIBUTION, is_supported, supported_versions
+
 _WARNED = "SINK_VLLM_WARNED"
 """Environment variable: the warning has been given in this tree of processes."""
-
-
-def supported_versions() -> str:
-    """The vLLM versions this release was made for, such as ``"<0.33,>=0.32"``.
-
-    Read from the requirement on ``vllm`` in this distribution's metadata (pyproject.toml), so
-    that installing and running cannot disagree.
-    """
-    for requirement in requires(DISTRIBUTION) or ():
-        match = re.match(r"vllm\s*([<>=!~][^;]*)", requirement)
-        if match:
-            return match[1].strip()
-    raise RuntimeError(
-        f"The metadata of {DISTRIBUTION} name no vLLM versions; install {DISTRIBUTION} again."
-    )
-
-
-def is_supported(found: str) -> bool:
-    """Whether this release was made for the internals of vLLM ``found``."""
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion
-
-    try:
-        return SpecifierSet(supported_versions()).contains(found, prereleases=True)
-    except InvalidVersion:  # "dev": a build that does not know what it is
-        return False
-
-
-def refusal_of(found: str) -> str:
-    """Why ``--kv-policy sink`` cannot run in vLLM ``found``, and what to do."""
-    return (
-        f"--kv-policy sink needs vLLM {supported_versions()}, found vLLM {found}; install a vLLM "
-        f"that this sink_vllm supports, or a sink_vllm that supports this vLLM."
-    )
 
 
 def register() -> None:
@@ -66,20 +31,20 @@ def register() -> None:
         _stand_aside(vllm_version)
         return
 
-    from sink_vllm.patches_declared import start_up_patches
+    from sink_vllm.compat.changes import start_up_patches
 
     for patch in start_up_patches():
         patch.apply()
 
     from sink_vllm import models
-    from sink_vllm.scheduler import spec
+    from sink_vllm.engine import managers
 
     models.register()
-    spec.register()
+    managers.register()
 
 
 def _stand_aside(found: str) -> None:
-    from sink_vllm.frontend import unsupported
+    from sink_vllm.compat import unsupported
 
     unsupported.refuse_the_policy()
     if os.environ.get(_WARNED) != found:

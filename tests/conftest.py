@@ -18,7 +18,7 @@ ENVIRONMENT = {
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-from tests.tiny_models import TinyLlama, write_tiny_llama  # noqa: E402
+from tests.support.tiny_models import TinyLlama, write_tiny_llama  # noqa: E402
 
 ModelFactory = Callable[[TinyLlama], Path]
 

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from benchmarks.gpu.clock import bytes_per_millisecond, milliseconds
 from benchmarks.gpu.pages import DTYPES, Shape, attention_layers, moves_of_one_eviction
-from sink_vllm.worker.page_moves import PageMover
+from sink_vllm.worker.moves.mover import PageMover
 
 SINKS = (4, 1024)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sink_vllm.schedule import Schedule
+from sink_vllm.policy.schedule import Schedule
 
 BLOCK_SIZE = 32  # the smallest page of vLLM's CPU attention
 RECORDER = "benchmarks.quality.recorder.Recorder"
@@ -139,7 +139,7 @@ def engine(arm: Arm, model: str, streams: int) -> Iterator[Any]:
 @contextmanager
 def _no_reanchoring(arm: Arm) -> Iterator[None]:
     """Absolute positions grow with the stream: a table for all of it, never started anew."""
-    from sink_vllm.worker import rope_table
+    from sink_vllm.worker.keys import rope_table
 
     before = rope_table.TABLE_CAPACITIES
     if arm.kind == "absolute":

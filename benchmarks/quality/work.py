@@ -11,7 +11,7 @@ from benchmarks.quality.buckets import BUCKET, Buckets
 from benchmarks.quality.forcing import Losses, last_losses, stream
 from benchmarks.quality.isolate import isolated
 from benchmarks.quality.store import Store
-from sink_vllm.schedule import Schedule
+from sink_vllm.policy.schedule import Schedule
 
 RECOMPUTE_BATCH = 16
 """Windows prefilled in one engine step."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sink_vllm.schedule import Schedule
+from sink_vllm.policy.schedule import Schedule
 
 PERCENTILES = (50, 95, 99)
 GAP_LIMIT = 1.5

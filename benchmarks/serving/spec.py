@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sink_vllm.schedule import Schedule, cdiv, pages_per_stream
+from sink_vllm.policy.schedule import Schedule, cdiv, pages_per_stream
 
 FOLDER = Path(__file__).parent
 BLOCK = 32

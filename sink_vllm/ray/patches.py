@@ -6,7 +6,7 @@ the engine core of a CPU engine that runs the policy over Ray, and nowhere else.
 
 from typing import Any
 
-from sink_vllm.patching import Patch
+from sink_vllm.compat.patching import Patch
 
 _RECORD = "0030-ray-workers-on-cpus"
 
@@ -18,7 +18,7 @@ def _device_key(_original: str) -> str:
 
 def _worker_proc(_original: Any) -> Any:
     """The actor class that ``RayExecutorV2`` starts, a subclass of the original."""
-    from sink_vllm.ray.cpu_executor import CPURayWorkerProc
+    from sink_vllm.ray.cpu_worker import CPURayWorkerProc
 
     return CPURayWorkerProc
 

@@ -7,7 +7,7 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from sink_vllm.refused import refusals
+from sink_vllm.gate.refused import refusals
 from sink_vllm.worker.runner_v1 import StreamingLLMRunnerV1
 from sink_vllm.worker.runner_v2 import StreamingLLMRunnerV2
 from sink_vllm.worker.self_test import self_test

@@ -6,7 +6,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from sink_vllm.refused import refusals
+from sink_vllm.gate.refused import refusals
 from sink_vllm.worker.runner_v1 import StreamingLLMRunnerV1
 from sink_vllm.worker.runner_v2 import StreamingLLMRunnerV2
 from sink_vllm.worker.self_test import self_test

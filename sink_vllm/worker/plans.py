@@ -6,8 +6,8 @@ A worker that is not ours would run the step without moving pages, and answer fr
 from collections.abc import Callable
 from typing import Any
 
-from sink_vllm.patching import Patch
-from sink_vllm.plan import StepPlan
+from sink_vllm.compat.patching import Patch
+from sink_vllm.policy.plan import StepPlan
 
 
 def _wrap_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:

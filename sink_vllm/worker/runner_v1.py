@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from sink_vllm.plan import StepPlan
+from sink_vllm.policy.plan import StepPlan
 from sink_vllm.worker.runner import StreamingLLMRunner
 
 if TYPE_CHECKING:

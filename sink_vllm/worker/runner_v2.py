@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
-from sink_vllm.plan import StepPlan
+from sink_vllm.policy.plan import StepPlan
 from sink_vllm.worker.runner import StreamingLLMRunner
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-from sink_vllm.plan import PageMove, Resent, StepPlan
+from sink_vllm.policy.plan import PageMove, Resent, StepPlan
 from sink_vllm.worker.layers import AttentionLayer, rope_rows
-from sink_vllm.worker.page_moves import PageMover
+from sink_vllm.worker.moves.mover import PageMover
 
 logger = logging.getLogger("vllm.sink_vllm")
 

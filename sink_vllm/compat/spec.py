@@ -1,0 +1,139 @@
+"""KV cache specs of layers under the policy: what workers tell the engine core about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
+
+from sink_vllm.policy.request_options import most_sink_tokens
+from sink_vllm.policy.schedule import Schedule, cdiv, pages_per_stream
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from sink_vllm.policy.config import SinkConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMSpec(FullAttentionSpec):
+    """Full attention over the bounded sequence of a stream.
+
+    The fields reach the block manager in the engine core; ``rope_rows`` is how the workers, which
+    have the model, tell the scheduler, which has not, where the RoPE table ends.
+    """
+
+    plain: ClassVar[type[FullAttentionSpec]] = FullAttentionSpec
+    """vLLM's spec of the same layers."""
+
+    sink_tokens: int
+    window: int
+    stride: int
+    rope_rows: int | None
+    """Rope positions the model's tables hold; ``None`` when no layer rotates its keys."""
+    pinnable: int = 0
+    """Sink tokens a request may ask for, for which start-up must leave room: the front end, which
+    checks requests against the pool, knows nothing of other tables in it. 0 where there are none.
+    """
+
+    @classmethod
+    def wrap(
+        cls, spec: AttentionSpec, config: SinkConfig, rope_rows: int | None, block_size: int
+    ) -> StreamingLLMSpec:
+        """``spec`` under the policy ``config``, in pages of ``block_size`` tokens.
+
+        The spec of a layer with a sliding window of its own says nothing of it afterwards: its
+        pages are those of the stream, and its attention kernel takes the window from the layer.
+        """
+        plain = replace_as(
+            spec,
+            cls.plain,
+            drop=("sliding_window", "extra_retained_tokens"),
+            block_size=block_size,
+        )
+        return cls(
+            **_fields_of(plain),
+            sink_tokens=config.schedule.sink_tokens,
+            window=config.schedule.window,
+            stride=config.schedule.stride,
+            rope_rows=rope_rows,
+            pinnable=most_sink_tokens(config) if config.native_window else 0,
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(sink_tokens=self.sink_tokens, window=self.window, stride=self.stride)
+
+    @property
+    def pages_per_stream(self) -> int:
+        return pages_per_stream(self.schedule, self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of the largest request: a whole stream, pinned sink pages included.
+
+        vLLM refuses to start when the pool cannot hold this, and derives the number of streams
+        that fit from it.
+        """
+        sinks = max(self.sink_tokens, self.pinnable)
+        pages = cdiv(self.schedule.capacity, self.block_size) + cdiv(sinks, self.block_size)
+        return pages * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[StreamingLLMSpec]) -> StreamingLLMSpec:
+        """One spec for the layers of a group; they share the policy, and rows of the shortest."""
+        base = cls.plain.merge(list(specs))
+        rows = [spec.rope_rows for spec in specs if spec.rope_rows is not None]
+        first = specs[0]
+        return cls(
+            **_fields_of(base),
+            sink_tokens=first.sink_tokens,
+            window=first.window,
+            stride=first.stride,
+            rope_rows=min(rows) if rows else None,
+            pinnable=first.pinnable,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMLatentSpec(StreamingLLMSpec, MLAAttentionSpec):  # type: ignore[misc]
+    """The same for multi-head latent attention."""
+
+    plain: ClassVar[type[FullAttentionSpec]] = MLAAttentionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMWindowSpec(SlidingWindowSpec):
+    """Sliding-window attention with page tables of its own; the window never reaches the sinks."""
+
+
+_WRAPPERS: dict[type[KVCacheSpec], type[StreamingLLMSpec]] = {
+    FullAttentionSpec: StreamingLLMSpec,
+    SlidingWindowSpec: StreamingLLMSpec,
+    MLAAttentionSpec: StreamingLLMLatentSpec,
+}
+"""By exact type: a subclass may manage its pages in any way."""
+
+
+def under_policy(
+    spec: KVCacheSpec, config: SinkConfig, rope_rows: int | None, block_size: int
+) -> KVCacheSpec:
+    """``spec`` of a layer under the policy; as it is if the policy does not know such layers."""
+    wrapper = _WRAPPERS.get(type(spec))
+    if wrapper is None:
+        return spec
+    assert isinstance(spec, AttentionSpec)
+    if type(spec) is SlidingWindowSpec and spec.sliding_window <= config.native_window:
+        return replace_as(spec, StreamingLLMWindowSpec, block_size=block_size)
+    return wrapper.wrap(spec, config, rope_rows, block_size)
+
+
+def _fields_of(spec: FullAttentionSpec) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}

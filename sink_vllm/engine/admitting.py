@@ -1,0 +1,360 @@
+"""Who is admitted, who evicts and who gives way: the part of the scheduler that hands out pages.
+
+vLLM asks at its own seams, and ``admission`` answers. Once per step, before vLLM schedules, every
+stream whose cache is full and which has nothing in flight evicts, and holders of pages give way
+until all others get what they need; so vLLM's own preemption finds nothing to do. Inside vLLM's
+loop over waiting requests a request is looked up and admitted in one go: who waits holds no page.
+"""
+
+import itertools
+import time
+from typing import Any
+
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from sink_vllm.engine.admission import Admission, Standing, Verdict
+from sink_vllm.engine.recycler import Recycler
+from sink_vllm.engine.tables import FoundPages, PageTables
+from sink_vllm.policy.config import SinkConfig
+
+_NO_LENGTH_LIMIT = 2**31 - 1
+"""Stands in for ``max_model_len`` where vLLM would end a request that reached it."""
+_MOST_PASSED_OVER = 32
+"""Waiting requests per step that others are admitted before, because all shares are taken."""
+
+
+class AdmittingMixin(Scheduler):
+    """Evicts, admits and takes pages back."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = SinkConfig.of(self.vllm_config)
+        assert config is not None, "the scheduler of the policy needs the policy"
+        tables = PageTables(self.kv_cache_manager.coordinator.single_type_managers)
+        cache_config = self.vllm_config.cache_config
+        self.recycler = Recycler(
+            config,
+            tables,
+            get_hash_fn_by_name(cache_config.prefix_caching_hash_algo)
+            if cache_config.enable_prefix_caching
+            else None,
+        )
+        self.ledger = tables.ledger
+        self.admission = Admission(
+            tables,
+            by_priority=self.policy == SchedulingPolicy.PRIORITY,
+            # What the front end fills in when a client names no limit of its own.
+            no_limit=config.max_stream_tokens or _NO_LENGTH_LIMIT,
+            watermark=self.kv_cache_manager.watermark_blocks,
+        )
+        # The block manager keeps C + 1; what must not see that limit is the stop check. Chunks
+        # are capped by `_reserve_prefill_lookahead` below.
+        self.max_model_len = _NO_LENGTH_LIMIT
+        # Whether a request fits is answered by `admission`, for its whole life.
+        self.scheduler_reserve_full_isl = False
+        self._found: dict[str, FoundPages | None] = {}
+        """Requests admitted in this step, and the cached pages they are resumed from."""
+        self._passed_over = 0
+        self._short_of_pages = False
+        self._adapters: set[int] = set()
+        self._adapters_of = -1
+        """Adapters of the running requests, when there were so many."""
+        self._parked: set[str] = set()
+        """Sessions between two inputs that have given up pages and model-runner slot."""
+
+    # -- pages change hands -----------------------------------------------------------------
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.admission.gave_way(request.request_id)
+        self.recycler.preempted(request)
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Sessions that wait hold pages, too; vLLM would leave them, and fail."""
+        if reset_running_requests:
+            for request in list(self.kv_holding_waiting):
+                self._give_way(request)
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def check_integrity(self) -> None:
+        """Every page has its owner, and promises are those of the requests that hold pages.
+
+        Raises:
+            IntegrityError: naming pages, and both numbers of each.
+            AssertionError: the promises are not what they should be.
+        """
+        self.ledger.check_integrity()
+        self.admission.check()
+
+    def _begin_step(self) -> None:
+        self._passed_over, self._short_of_pages = 0, False
+        self._adapters_of = -1
+        self.ledger.begin()
+
+    def _make_room(self) -> None:
+        """Evict what is full, and let holders give way until all others get what they need."""
+        full = [
+            request
+            for request in itertools.chain(self.running, self.kv_holding_waiting)
+            if request.num_computed_tokens >= self.recycler.streams[request.request_id].capacity
+            and request.status in (RequestStatus.RUNNING, RequestStatus.WAITING)
+            and self.recycler.is_full(request)
+        ]
+        if full:
+            self.ledger.spare = max(self.admission.slack(), 0)
+        for request in full:
+            self._evict(request)
+        if self.admission.num_guests and self.ledger.num_free < self._most_pages_of_a_step:
+            while self.admission.slack() < 0 and (guest := self.admission.newest_guest()):
+                self._give_way(guest)
+        if not self.running and (self.waiting or self.kv_holding_waiting):
+            self._make_progress()
+
+    @property
+    def _most_pages_of_a_step(self) -> int:
+        """Pages that a step can take at most, whoever is scheduled."""
+        tables = self.recycler.tables
+        per_group = self.max_num_scheduled_tokens // tables.block_size
+        per_group += len(self.running) + len(self.kv_holding_waiting) + 1
+        return tables.num_groups * per_group
+
+    def _evict(self, request: Request) -> None:
+        """Make room in a full stream, at the cost of guests when pages are short."""
+        while self.admission.standing(request.request_id) is not Standing.WAITING:
+            verdict = self.admission.promote(request)
+            if verdict is Verdict.ADMITTED and self.recycler.evict(request):
+                return
+            self._give_way(self.admission.who_gives_way(request, verdict))
+
+    def _give_way(self, request: Request) -> None:
+        """Take the pages of a request that holds some; it is computed again later."""
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            # It may be admitted again in this step, as after a reset of the prefix cache.
+            self.prev_step_scheduled_req_ids.discard(request.request_id)
+            # vLLM would lose a session that stops with an output from before its preemption.
+            self._preempt_request(request, time.monotonic(), drop_stale_output=request.resumable)
+            return
+        # A session: vLLM knows no preemption of requests that do not run.
+        if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            self.recycler.parked(request)
+            self._parked.add(request.request_id)
+            self.max_num_active_reqs += 1  # vLLM counts it among those that hold a slot
+            self.reset_preempted_req_ids.add(request.request_id)
+        else:
+            request.num_computed_tokens = 0
+            self.recycler.preempted(request)
+        self.kv_cache_manager.free(request)
+        self.admission.gave_way(request.request_id)
+        self.kv_holding_waiting.remove_request(request)
+        self.waiting.prepend_request(request)
+
+    def _unpark(self, request: Request) -> None:
+        if request.request_id in self._parked:
+            self._parked.discard(request.request_id)
+            self.max_num_active_reqs -= 1
+
+    def get_num_unfinished_requests(self) -> int:
+        """vLLM takes sessions between two inputs off the requests that hold pages, and parked ones
+        hold none."""
+        unfinished = super().get_num_unfinished_requests()
+        if self._pause_state == PauseState.PAUSED_NEW:
+            unfinished += len(self._parked)
+        return unfinished
+
+    def _make_progress(self) -> None:
+        """Nothing runs: sessions whose clients are silent give way to who waits for pages."""
+        while (head := self._first_ready()) is not None:
+            active = self.num_waiting_for_streaming_input
+            if active < self.max_num_active_reqs and self._can_start(head):
+                return
+            idle = [
+                request
+                for request in self.kv_holding_waiting
+                if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+            ]
+            if idle:
+                self._give_way(min(idle, key=lambda request: request.arrival_time))
+            elif head.num_computed_tokens:
+                self._give_way(head)  # it holds pages, and cannot go on with them
+            else:
+                return
+
+    def _first_ready(self) -> Request | None:
+        """The first request vLLM would admit, if there were pages for it."""
+        waiting = [self.kv_holding_waiting]
+        if self._pause_state == PauseState.UNPAUSED:
+            waiting.append(self.waiting)
+        for request in itertools.chain(*waiting):
+            if not self._is_blocked_waiting_status(request.status) or (
+                request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+                and self._is_grammar_ready(request)
+            ):
+                return request
+        return None
+
+    @staticmethod
+    def _is_grammar_ready(request: Request) -> bool:
+        structured = request.structured_output_request
+        return structured is not None and structured.grammar is not None
+
+    def _can_start(self, request: Request) -> bool:
+        """Whether there are pages for the next chunk of a request that waits."""
+        if request.num_computed_tokens:
+            return self.admission.slack() >= 0
+        stream = self.recycler.streams[request.request_id]
+        return self.admission.verdict(request, stream) is Verdict.ADMITTED
+
+    # -- admission, inside vLLM's loop over waiting requests ----------------------------------
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Let others pass a request that waits for a share: they can use what no share covers."""
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        if not self._is_lora_admissible(request):
+            return False
+        if request.num_computed_tokens or self._passed_over >= _MOST_PASSED_OVER:
+            return True
+        if self.admission.residents_fit(request, self.recycler.streams[request.request_id]):
+            return True
+        self._passed_over += 1
+        self._short_of_pages = True
+        return False
+
+    def _is_lora_admissible(self, request: Request) -> bool:
+        """Whether the adapters of all running requests still fit beside that of ``request``.
+
+        vLLM looks at those it schedules in this step, and stops for good if more run in the next;
+        a full stream skips steps.
+        """
+        if self.lora_config is None or request.lora_request is None:
+            return True
+        if len(self.running) != self._adapters_of:  # vLLM only appends to it here
+            self._adapters_of = len(self.running)
+            self._adapters = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
+        adapters = self._adapters | {request.lora_request.lora_int_id}
+        return len(adapters) <= self.lora_config.max_loras
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Look a waiting request up, and decide whether it is admitted.
+
+        A long prompt starts from the longest boundary that is cached, wherever that is. Otherwise
+        at least one token below the capacity is left to compute: a hit of ``C`` tokens would leave
+        nothing to schedule before the eviction, and vLLM's waiting loop stops for good at a
+        request it cannot give a token.
+        """
+        stream = self.recycler.streams[request.request_id]
+        nothing = self.kv_cache_manager.empty_kv_cache_blocks
+        if stream.prompt is not None:
+            if not self._admit(request):
+                return nothing, 0, 0, False
+            found = self._found[request.request_id] = self.recycler.look_up(request)
+            if found is not None:
+                return nothing, self.recycler.show_resumed(request, found), 0, False
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        if num_tokens >= stream.capacity:
+            # Looked up again: windowed layers need pages further back of a shorter prefix.
+            hit, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, stream.capacity - 1
+            )
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(hit)
+        if stream.prompt is None:
+            cached = itertools.chain(*blocks.blocks)
+            self._admit(request, sum(b.ref_cnt > 0 and not b.is_null for b in cached))
+        return blocks, num_tokens, boundary, diverged
+
+    def _admit(self, request: Request, cached_in_use: int = 0) -> bool:
+        stream = self.recycler.streams[request.request_id]
+        if self.admission.admit(request, stream, cached_in_use):
+            self._found[request.request_id] = None
+            return True
+        self._short_of_pages = True
+        return False
+
+    def _settle_admissions(self) -> None:
+        """Who was admitted but not scheduled after all goes on waiting, and holds no page."""
+        for request_id, found in self._found.items():
+            request = self.requests[request_id]
+            if request.status == RequestStatus.RUNNING:
+                self._count_prompt(request, found)
+                self.recycler.started(request, resumed=found is not None)
+                continue
+            self.admission.leave(request_id)
+            if found is not None:
+                self.ledger.cancel(request_id)
+                self.kv_cache_manager.free(request)
+                self.recycler.show_whole(request)
+        self._found = {}
+
+    def _count_prompt(self, request: Request, found: FoundPages | None) -> None:
+        """vLLM's statistics count whole prompts, not just what the engine sees at once."""
+        stream = self.recycler.streams[request.request_id]
+        if request.num_preemptions or not (stream.pending or found):
+            return
+        skipped = stream.evicted if found else 0
+        prefill, cache = request.prefill_stats, self.kv_cache_manager.prefix_cache_stats
+        if prefill is not None:
+            prefill.set(
+                num_prompt_tokens=prefill.num_prompt_tokens + skipped + len(stream.pending),
+                num_local_cached_tokens=prefill.num_local_cached_tokens + skipped,
+                num_external_cached_tokens=prefill.num_external_cached_tokens,
+            )
+        if cache is not None and self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            cache.queries += skipped + len(stream.pending)
+            cache.hits += skipped
+
+    # -- limits -----------------------------------------------------------------------------
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Never schedule past the capacity: vLLM's last clamp on the size of every chunk.
+
+        0 makes a full stream skip the step; with asynchronous scheduling that is how it drains
+        before it evicts. A waiting request that was not admitted gets 0, too, and vLLM looks at no
+        other. Where vLLM cannot prefill in chunks (MLA on CPUs), what does not fit into the first
+        one is computed token by token.
+        """
+        request_id = request.request_id
+        if request.status != RequestStatus.RUNNING and not request.num_computed_tokens:
+            if request_id not in self._found:
+                return 0
+            found = self._found[request_id]
+            if found is not None:
+                self.ledger.spare = max(self.admission.slack(), 0)
+                self.recycler.resume(request, found)
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        room = self.recycler.streams[request_id].capacity - num_computed_tokens
+        if num_computed_tokens and not self.scheduler_config.enable_chunked_prefill:
+            room = min(room, 1)  # its attention kernels read the cache for one query only
+        num_new_tokens = num_new_tokens if num_new_tokens <= room else max(room, 0)
+        if num_new_tokens and self.recycler.tables.windowed:
+            return self._fit_windows(request, num_computed_tokens, num_new_tokens)
+        return num_new_tokens
+
+    def _fit_windows(self, request: Request, computed: int, num_new_tokens: int) -> int:
+        """The longest chunk whose pages are its own or nobody's: windowed layers need more pages
+        for a long chunk than they hold afterwards."""
+        tables = self.recycler.tables
+        held = self.ledger.held(request.request_id) - self.ledger.num_pinned(request.request_id)
+        allowed = held + self.admission.needs(request.request_id) + max(self.admission.slack(), 0)
+        processed = max(computed - request.num_in_flight_tokens, 0)
+        # Windows of chunks in flight are kept until those are done; then one token always fits.
+        least = 0 if request.num_in_flight_tokens else 1
+        while num_new_tokens > least:
+            after = computed + num_new_tokens
+            if tables.pages_after(computed, processed, after) <= allowed:
+                break
+            # Back to the last boundary of pages before it.
+            after = (after - 1) // tables.block_size * tables.block_size
+            num_new_tokens = max(after - computed, least)
+        return num_new_tokens

@@ -1,0 +1,27 @@
+"""Block managers: one per kind of page table, registered with vLLM (every process)."""
+
+
+def register() -> None:
+    """Tell vLLM which manager serves which KV cache spec. Idempotent.
+
+    ``_ensure_registered`` comes first: vLLM registers its own specs only while the registry is
+    empty, so a plugin that comes first would suppress all of them.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec
+    from sink_vllm.engine.managers.streaming import StreamingLLMManager
+    from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        StreamingLLMSpec,
+        manager_class=StreamingLLMManager,
+        uniform_type_base_spec=FullAttentionSpec,
+    )
+    KVCacheSpecRegistry.register(
+        StreamingLLMWindowSpec,
+        manager_class=StreamingLLMWindowManager,
+        uniform_type_base_spec=SlidingWindowSpec,
+    )

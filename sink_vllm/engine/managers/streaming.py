@@ -1,0 +1,295 @@
+"""Block manager of streams: pins sink pages, recycles window pages (engine core process).
+
+One eviction, sinks not page aligned (``S = 4``, blocks of 16, ``g = 32``)::
+
+    before  [P0: s s s s 4..15][P1: 16..31][P2: 32..47][P3: 48..63] ...
+    after   [H0: s s s s 36..47][P3: 48..63] ...           P0 stays pinned as the sink page
+
+H0 is P2 itself when nobody else can see it, else a private copy: a page that is hashed or shared
+never changes its content. What an eviction and a resumption mean for one page table, with every
+name used below (``k = g / block``, ``e`` evictions)::
+
+    table before  [0 .. sink_full) [sink_full .. sink_full + k) [sink_full + k ............)
+                   head pages       dropped                      kept, the border page first
+    table after   [0 .. sink_full)                              [sink_full .................)
+    stream pages   sinks only       evicted                     [first .................. end)
+    pinned        [0 .. sinks)      the pages with the sinks as first computed
+
+    sinks = ceil(S / block), sink_full = S // block, first = (S + e * g) // block
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from sink_vllm.compat.spec import StreamingLLMSpec
+from sink_vllm.engine.dropped import CopiedPages
+from sink_vllm.engine.ledger import PageLedger
+from sink_vllm.engine.managers.page_change import (
+    ALL_PAGES,
+    cached_pages,
+    is_movable,
+    move_of,
+    noting_fresh,
+    rewritten,
+)
+from sink_vllm.policy.plan import PageMove
+from sink_vllm.policy.schedule import EvictionPages, RopeAnchors, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """The cached pages of one group that a stream is resumed from."""
+
+    sinks: list[KVCacheBlock]
+    window: list[KVCacheBlock]
+    rotated: list[int]
+    """Rope positions each window page has been rotated by since it was written."""
+
+    @property
+    def blocks(self) -> list[KVCacheBlock]:
+        return [*self.sinks, *self.window]
+
+
+class StreamingLLMManager(FullAttentionManager):
+    """``FullAttentionManager`` whose requests may drop ``g`` tokens after their sinks.
+
+    Before its first eviction a request is an ordinary one. Afterwards its block table starts with
+    private head pages, which are never hashed, and its original sink pages stay pinned, findable
+    by other requests. Behind the head pages, entry ``i`` of the table is page ``i + e * g / block``
+    of the stream.
+    """
+
+    def __init__(self, kv_cache_spec: StreamingLLMSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.spec = kv_cache_spec
+        # For the largest capacity a stream may have; a smaller one only leaves rows unused.
+        self.anchors = RopeAnchors.of(kv_cache_spec.schedule, kv_cache_spec.rope_rows)
+        self.lookup_groups = [self.kv_cache_group_id]
+        """KV cache groups that must all have a page for the prefix cache to have it."""
+        self.bind(PageLedger(self.block_pool))
+
+    def bind(self, ledger: PageLedger) -> None:
+        """Account for pages in ``ledger``, which all groups of an engine core share."""
+        self.ledger = ledger
+        ledger.add_group(self.kv_cache_group_id, self.req_to_blocks)
+
+    # -- eviction ---------------------------------------------------------------------------
+
+    def pages_to_evict(self, request_id: str, schedule: Schedule, window_delta: int) -> int:
+        """Free pages that an eviction takes, before it gives any back."""
+        pages = EvictionPages.of(schedule, self.block_size)
+        kept = self.req_to_blocks[request_id][pages.sink_full + pages.dropped :]
+        changed = kept if window_delta else kept[: pages.num_border]
+        new_heads = pages.sink_full if self._is_first(request_id) else 0
+        return new_heads + sum(map(self.ledger.is_shared, changed))
+
+    def pages_given_back(self, request_id: str, schedule: Schedule) -> int:
+        """Free pages that an eviction gives back to the pool, before it takes any."""
+        return sum(block.ref_cnt == 1 for block in self._dropped(request_id, schedule))
+
+    def drop(self, request_id: str, schedule: Schedule) -> None:
+        """First half of an eviction: the ``g`` tokens after the sinks leave the block table.
+
+        Args:
+            request_id: a request with exactly ``C`` cached tokens and none in flight.
+            schedule: of this request; the same in every call.
+        """
+        table, ledger = self.req_to_blocks[request_id], self.ledger
+        pages = EvictionPages.of(schedule, self.block_size)
+        freed = self._dropped(request_id, schedule)
+        if self._is_first(request_id):
+            # The first pages move from the table to the pinned ones, the page with the last sinks
+            # among them; compose() replaces those that stay in the table.
+            ledger.pin(self.kv_cache_group_id, request_id, table[: pages.sinks])
+            table[: pages.sink_full] = [self._null_block] * pages.sink_full
+        self.block_pool.free_blocks(reversed(freed))
+        ledger.dropped.add([*self._copied.dropped(request_id), *reversed(freed)])
+        del table[pages.sink_full : pages.sink_full + pages.dropped]
+        if request_id in self.num_cached_block:
+            # Head pages count as hashed, so that they never are.
+            cached = self.num_cached_block[request_id]
+            if cached != ALL_PAGES:
+                self.num_cached_block[request_id] = max(cached - pages.dropped, pages.sinks)
+
+    def compose(
+        self,
+        request_id: str,
+        schedule: Schedule,
+        window_delta: int,
+        sink_delta: int,
+        reserved: int,
+    ) -> list[PageMove]:
+        """Second half of an eviction: pages that change become the stream's own.
+
+        Args:
+            request_id: a request whose tokens have just been dropped.
+            schedule: of this request.
+            window_delta: rope positions to rotate the window's keys by; 0 leaves them alone,
+                anything else is a re-anchoring.
+            sink_delta: rope positions between the sinks as first computed and as seen from now on.
+            reserved: free pages that must be left for the other tables of this stream.
+        """
+        table = self.req_to_blocks[request_id]
+        pages = EvictionPages.of(schedule, self.block_size)
+        for index in range(pages.sink_full):
+            if table[index].is_null:  # the first eviction
+                (table[index],) = self.block_pool.get_new_blocks(1)
+        moves: list[PageMove] = []
+        begin = pages.sink_full
+        end = len(table) if window_delta else begin + pages.num_border
+        mandatory = sum(map(self.ledger.is_shared, table[begin:end])) + reserved
+        for index in range(begin, end):
+            block = table[index]
+            mandatory -= self.ledger.is_shared(block)
+            target = rewritten(self.ledger, block, mandatory)
+            if target is not block:
+                table[index] = target
+                self._copied.add(request_id, block, (index - begin) // pages.dropped + 1)
+            if target is not block or window_delta:
+                first = pages.border_sinks if index == begin else 0
+                moves.append(move_of(self, block, target, first, self.block_size, window_delta))
+        return moves + self._sink_moves(request_id, schedule, sink_delta)
+
+    def _is_first(self, request_id: str) -> bool:
+        """Whether the request has not evicted yet."""
+        return self.ledger.pinned(self.kv_cache_group_id, request_id) is None
+
+    def _dropped(self, request_id: str, schedule: Schedule) -> list[KVCacheBlock]:
+        """The pages the next eviction frees: on the first, the page with the last sinks stays."""
+        pages = EvictionPages.of(schedule, self.block_size)
+        begin = pages.sinks if self._is_first(request_id) else pages.sink_full
+        return self.req_to_blocks[request_id][begin : pages.sink_full + pages.dropped]
+
+    def _sink_moves(self, request_id: str, schedule: Schedule, delta: int) -> list[PageMove]:
+        """Write the sinks into the head pages, rotated from their pristine keys."""
+        sinks, size = schedule.sink_tokens, self.block_size
+        sources = self.ledger.pinned(self.kv_cache_group_id, request_id) or ()
+        table = self.req_to_blocks[request_id]
+        return [
+            move_of(self, source, target, 0, min(size, sinks - index * size), delta)
+            for index, (source, target) in enumerate(zip(sources, table, strict=False))
+        ]
+
+    @property
+    def _copied(self) -> CopiedPages:
+        return self.ledger.copied[self.kv_cache_group_id]
+
+    # -- resuming from the prefix cache -----------------------------------------------------
+
+    def is_known(self, block_hash: BlockHash) -> bool:
+        """Whether the prefix cache has a page of every table that is looked up with this one."""
+        return self.block_pool.get_cached_block(block_hash, self.lookup_groups) is not None
+
+    def is_cached(self, block_hash: BlockHash) -> bool:
+        """The same, of pages that moves of this step may read."""
+        return is_movable(self, self.ledger, block_hash, self.lookup_groups)
+
+    def found(self, schedule: Schedule, hashes: Sequence[BlockHash], end: int) -> Resumption:
+        """The cached pages that a stream is resumed from at a boundary ``find_resume`` gave."""
+        sinks = EvictionPages.of(schedule, self.block_size).sinks
+        first, evictions = self.first_page(schedule, end), self.evictions_at(schedule, end)
+        return Resumption(
+            cached_pages(self, hashes[:sinks]),
+            cached_pages(self, hashes[first:end]),
+            [
+                self.age(schedule, page, evictions) * -self.anchors.span
+                for page in range(first, end)
+            ],
+        )
+
+    def resume(
+        self, request_id: str, schedule: Schedule, found: Resumption, end: int, reserved: int
+    ) -> list[PageMove]:
+        """Build the block table a stream has after ``end`` pages, from cached pages.
+
+        The result is what streaming up to there leaves behind: pages written before the last
+        re-anchoring are rotated now, as they were then.
+
+        Args:
+            request_id: a request without pages.
+            schedule: of its stream.
+            found: its cached pages; the references held for the caller are taken over.
+            end: pages before the boundary.
+            reserved: free pages that must be left for others.
+        """
+        pages = EvictionPages.of(schedule, self.block_size)
+        self.ledger.pin(self.kv_cache_group_id, request_id, found.sinks)
+        table = self.block_pool.get_new_blocks(pages.sink_full)
+        self.req_to_blocks[request_id] = table
+        moves: list[PageMove] = []
+        changed = [
+            bool(delta) or index < pages.num_border for index, delta in enumerate(found.rotated)
+        ]
+        mandatory = reserved + sum(
+            self.ledger.is_shared(block)
+            for block, change in zip(found.window, changed, strict=True)
+            if change
+        )
+        for index, (block, delta) in enumerate(zip(found.window, found.rotated, strict=True)):
+            target = block
+            if changed[index]:
+                mandatory -= self.ledger.is_shared(block)
+                target = rewritten(self.ledger, block, mandatory)
+                if target is not block:
+                    self._copied.add(request_id, block, index // pages.dropped + 1)
+                if target is not block or delta:
+                    begin = pages.border_sinks if index == 0 else 0
+                    moves.append(move_of(self, block, target, begin, self.block_size, delta))
+            table.append(target)
+        self.num_cached_block[request_id] = len(table)
+        evictions = self.evictions_at(schedule, end)
+        return moves + self._sink_moves(request_id, schedule, self.anchors.offset(evictions))
+
+    def pages_to_resume(self, schedule: Schedule, found: Resumption) -> int:
+        """Free pages a resumption takes beside the cached ones: head pages, and copies of pages
+        that somebody else owns."""
+        pages = EvictionPages.of(schedule, self.block_size)
+        return pages.sink_full + sum(
+            self.ledger.num_owners(block) > 0 and (bool(delta) or index < pages.num_border)
+            for index, (block, delta) in enumerate(zip(found.window, found.rotated, strict=True))
+        )
+
+    def first_page(self, schedule: Schedule, end: int) -> int:
+        """First page of the stream with a window token when it goes on after ``end`` pages."""
+        return schedule.window_start(end * self.block_size + 1) // self.block_size
+
+    def evictions_at(self, schedule: Schedule, end: int) -> int:
+        """Evictions of a stream that is about to compute the token after ``end`` pages.
+
+        One more than after those pages if that token finds the cache full.
+        """
+        return schedule.evictions(end * self.block_size + 1)
+
+    def is_resumable(self, schedule: Schedule, end: int) -> bool:
+        """Whether no key of the window has been rotated back more than once after ``end`` pages.
+
+        Rotating it by the sum at once would be the same rotation, but not the same rounding.
+        """
+        first = self.first_page(schedule, end)
+        return self.age(schedule, first, self.evictions_at(schedule, end)) <= 1
+
+    def age(self, schedule: Schedule, page: int, evictions: int) -> int:
+        """Re-anchorings between the completion of a page of the stream and ``evictions``."""
+        written = schedule.evictions((page + 1) * self.block_size)
+        return self.anchors.reanchorings(evictions) - self.anchors.reanchorings(written)
+
+    # -- what vLLM calls --------------------------------------------------------------------
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        with noting_fresh(self, self.ledger, request.request_id):
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def stop_hashing(self, request_id: str) -> None:
+        """Let no further page of a request into the prefix cache."""
+        self.num_cached_block[request_id] = ALL_PAGES
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The pages of a request that ends or is preempted: sink pages first, then the table."""
+        self._copied.forget(request_id)
+        sinks = self.ledger.unpin(self.kv_cache_group_id, request_id)
+        return [*sinks, *super().pop_blocks_for_free(request_id)]

@@ -1,0 +1,282 @@
+"""Evicts, resumes and recomputes streams: ties requests to their pages (engine core process)."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.request import Request
+
+from sink_vllm.engine.account import Account
+from sink_vllm.engine.hashing import PageHasher
+from sink_vllm.engine.pending import PendingTokens, as_array
+from sink_vllm.engine.stream import Stream, compact, settle, show
+from sink_vllm.engine.tables import FoundPages, PageTables
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.request_options import RequestPolicy
+from sink_vllm.policy.schedule import EvictionPages, Schedule
+
+
+class Recycler:
+    """All streams of one engine core.
+
+    Who may hold pages, and when, is decided elsewhere (``admission``); who owns which page stands
+    in the ledger of ``tables``.
+    """
+
+    def __init__(
+        self,
+        config: SinkConfig,
+        tables: PageTables,
+        hash_function: Callable[[Any], bytes] | None,
+    ) -> None:
+        """``hash_function`` hashes pages for the prefix cache; ``None`` when caching is off."""
+        self.config = config
+        self.tables = tables
+        self.hasher = (
+            PageHasher(tables.block_size, hash_function) if hash_function is not None else None
+        )
+        self.account = Account()
+        self.streams: dict[str, Stream] = {}
+        self.dirty: set[str] = set()
+        """Requests the workers have an outdated copy of: sent again with their next tokens."""
+
+    # -- requests come and go ---------------------------------------------------------------
+
+    def prepare(self, request: Request) -> Stream:
+        """The stream of a new request; of a long prompt, the engine gets to see the start only.
+
+        In ``truncate`` mode it sees the survivors of the schedule instead, an ordinary dense
+        prompt, and what the schedule would have evicted is never computed. Runs on vLLM's input
+        thread: it changes ``request`` and nothing that the engine's loop changes.
+        """
+        schedule = self._schedule_of(request)
+        stream = Stream(schedule)
+        length = request.num_prompt_tokens
+        tokens: array[int] | None = None
+        if length > schedule.capacity:
+            assert request.prompt_token_ids is not None  # embeddings are refused in the front end
+            tokens = as_array(request.prompt_token_ids)
+            if self.hasher is not None and not request.skip_reading_prefix_cache:
+                stream.prompt = tokens
+            self._show_prompt(request, stream, tokens)
+        if self.hasher is not None:
+            if stream.prompt is not None:
+                hashes = self.hasher.hashes_of_prompt(
+                    request,
+                    schedule,
+                    stream.prompt,
+                    self.tables.num_sink_pages(schedule),
+                    lambda first: self.tables.has_sinks(schedule, first),
+                )
+                self._install(request, stream, hashes)
+            else:
+                self.hasher.install(request, stream)
+        return stream
+
+    def _show_prompt(self, request: Request, stream: Stream, tokens: array[int]) -> None:
+        schedule, length = stream.schedule, len(tokens)
+        if self.config.sink_prompt == "truncate":
+            stream.evicted = schedule.evicted(length)
+            stream.evictions = schedule.evictions(length)
+            cached = [tokens[p] for p in schedule.cached_positions(length)]
+            show(request, stream, cached, tokens, length)
+        else:
+            show(request, stream, (), tokens, 0)
+
+    def _install(self, request: Request, stream: Stream, hashes: list[Any]) -> None:
+        """Hash what the engine sees of a prompt, whose hashes by stream position are known."""
+        assert self.hasher is not None
+        is_dense = stream.evicted > 0  # truncated: its chain is not that of the stream
+        stream.prompt_hashes = [] if is_dense else hashes
+        self.hasher.install(request, stream)
+        stream.prompt_hashes = hashes
+
+    def _schedule_of(self, request: Request) -> Schedule:
+        """The server's schedule, or what the request asks for (checked by the front end)."""
+        params = request.sampling_params
+        extra_args = params.extra_args if params is not None else None
+        return RequestPolicy.parse(extra_args, self.config) or self.config.schedule
+
+    def open(self, request: Request, stream: Stream) -> None:
+        """Take in a request that was prepared."""
+        self.streams[request.request_id] = stream
+        if stream.prompt is None:  # nothing that a look-up could change any more
+            self._count(request, stream, stream.evictions)
+
+    def extend(self, request: Request, tokens: list[int]) -> list[int]:
+        """Take in the next input of a session, which goes on behind its computed tokens.
+
+        Args:
+            request: a session between two inputs; the token it sampled last is discarded by vLLM.
+            tokens: what the client sends next, of any length.
+
+        Returns:
+            The start of ``tokens``, as much as the engine gets to see now.
+        """
+        stream = self.streams[request.request_id]
+        if self.hasher is not None:
+            self._drop_hashes(request, stream)
+        room = stream.capacity + 1 - request.num_computed_tokens
+        assert not stream.pending, "a session is between two inputs"
+        stream.pending = PendingTokens.of(tokens[room:])
+        if stream.evictions:
+            # The workers take a session's next input for a request at rope offset 0.
+            self.dirty.add(request.request_id)
+        return tokens[:room]
+
+    def _drop_hashes(self, request: Request, stream: Stream) -> None:
+        """Forget hashes of pages with tokens that are not computed, before vLLM drops them."""
+        full = request.num_computed_tokens // self.tables.block_size
+        if full >= len(request.block_hashes):
+            return
+        if full == 0 and stream.evicted_from_chain:
+            self._stop_hashing(request)  # the parent of the dropped hash is not known any more
+        else:
+            del request.block_hashes[full:]
+            stream.last_hash = request.block_hashes[-1] if full else None
+
+    def close(self, request: Request) -> dict[str, int] | None:
+        """Forget a request that ended; returns its account if it evicted anything."""
+        stream = self.streams.pop(request.request_id)
+        self.account.due.discard(request.request_id)
+        self.dirty.discard(request.request_id)
+        return stream.report(request) if stream.evictions else None
+
+    def preempted(self, request: Request) -> None:
+        """A request lost its pages: its survivors become the prompt of a stream of their own.
+
+        They are recomputed as a dense prompt, at rope offset 0, and hashed as one.
+        """
+        stream = self.streams[request.request_id]
+        self.tables.ledger.cancel(request.request_id)
+        if stream.evictions:
+            stream.rebuilt()
+            # The workers must hear of it even if they never heard of the last eviction.
+            self.dirty.add(request.request_id)
+            if self.hasher is not None:
+                self.hasher.install(request, stream)
+
+    def parked(self, request: Request) -> None:
+        """A session gave up its pages between two inputs: as if it were preempted, with nothing
+        but its computed tokens."""
+        settle(request, request.num_computed_tokens)
+        if self.hasher is not None:
+            self._drop_hashes(request, self.streams[request.request_id])
+        request.num_computed_tokens = 0
+        self.preempted(request)
+
+    # -- eviction ---------------------------------------------------------------------------
+
+    def is_full(self, request: Request) -> bool:
+        """Whether the cache is full, one more token must be computed, and none is in flight."""
+        capacity = self.streams[request.request_id].capacity
+        return (
+            request.num_computed_tokens == capacity
+            and request.num_in_flight_tokens == 0
+            and request.num_tokens > capacity
+        )
+
+    def evict(self, request: Request) -> bool:
+        """Drop ``g`` tokens of a full stream; False, and nothing changed, when pages are short."""
+        stream = self.streams[request.request_id]
+        evictions = stream.chain_evictions + 1
+        anchors = self.tables.anchors
+        reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
+        moves = self.tables.evict(
+            request.request_id,
+            stream.schedule,
+            window_delta=-anchors.span if reanchor else 0,
+            sink_delta=anchors.offset(evictions),
+        )
+        if moves is None:
+            return False
+        self.tables.ledger.plan(request.request_id, moves)
+        compact(request, stream)
+        self.dirty.add(request.request_id)
+        if self.hasher is not None:
+            self._evict_hashes(request, stream.schedule)
+        stream.reanchorings += reanchor
+        self.account.stats.reanchorings += reanchor
+        self._count(request, stream, 1)
+        return True
+
+    def _evict_hashes(self, request: Request, schedule: Schedule) -> None:
+        assert self.hasher is not None
+        if self.hasher.survives_eviction(schedule):
+            pages = EvictionPages.of(schedule, self.tables.block_size)
+            del request.block_hashes[pages.sink_full : pages.sink_full + pages.dropped]
+            request.update_block_hashes()
+        else:
+            self._stop_hashing(request)
+
+    def _stop_hashing(self, request: Request) -> None:
+        request._block_hasher = None
+        request.block_hashes.clear()
+        self.tables.stop_hashing(request.request_id)
+
+    # -- resuming from the prefix cache -----------------------------------------------------
+
+    def look_up(self, request: Request) -> FoundPages | None:
+        """Cached sink pages and the cached window before the longest cached boundary of a waiting
+        long prompt: it can start from them, no page in between is needed. Changes nothing."""
+        stream = self.streams[request.request_id]
+        if stream.prompt is None:
+            return None
+        last = (len(stream.prompt) - 1) // self.tables.block_size
+        return self.tables.find_resume(stream.schedule, stream.prompt_hashes, last)
+
+    def show_resumed(self, request: Request, found: FoundPages) -> int:
+        """Let the engine see a waiting request as it will be when it is resumed.
+
+        Returns:
+            Its cached tokens.
+        """
+        stream = self.streams[request.request_id]
+        assert stream.prompt is not None
+        assert self.hasher is not None
+        schedule, tokens = stream.schedule, stream.prompt
+        computed = found.end * self.tables.block_size
+        evictions = self.tables.evictions_at(schedule, found.end)
+        stream.evictions = stream.chain_evictions = evictions
+        stream.evicted = stream.evicted_from_chain = evictions * schedule.stride
+        stream.reanchorings = self.tables.anchors.reanchorings(evictions)
+        cached = [tokens[p] for p in schedule.cached_positions(computed + 1) if p < computed]
+        show(request, stream, cached, tokens, computed)
+        self.hasher.resume(request, stream, found.end)
+        return len(cached)
+
+    def show_whole(self, request: Request) -> None:
+        """Take :meth:`show_resumed` back: the request waits on, as if it had not been found."""
+        stream = self.streams[request.request_id]
+        self.dirty.discard(request.request_id)
+        assert stream.prompt is not None
+        stream.evictions = stream.evicted = stream.reanchorings = 0
+        hashes = stream.prompt_hashes
+        stream.rebuilt()
+        self._show_prompt(request, stream, stream.prompt)
+        self._install(request, stream, hashes)
+
+    def resume(self, request: Request, found: FoundPages) -> None:
+        """Give an admitted request the pages it starts from."""
+        stream = self.streams[request.request_id]
+        moves = self.tables.resume(request.request_id, stream.schedule, found)
+        self.tables.ledger.plan(request.request_id, moves)
+        self.dirty.add(request.request_id)
+
+    def started(self, request: Request, *, resumed: bool) -> None:
+        """A request runs: its prompt is not looked up any more."""
+        stream = self.streams[request.request_id]
+        if stream.prompt is None:
+            return
+        if resumed:
+            self.account.resumed(request.request_id)
+        else:
+            self._count(request, stream, stream.evictions)
+            if stream.evicted:  # truncated
+                stream.prompt_hashes = []
+        stream.prompt = None
+
+    def _count(self, request: Request, stream: Stream, evictions: int) -> None:
+        self.account.evicted(request.request_id, stream, evictions, len(self.streams))

@@ -1,0 +1,252 @@
+"""The scheduler of the policy: requests as streams, and what the workers are told (engine core).
+
+``StreamingLLMScheduler`` and ``StreamingLLMAsyncScheduler`` are vLLM's own two schedulers plus
+one mixin. A stream that evicts (``admitting``) stays in ``running`` and is an ordinary request for
+vLLM's loop. Its compacted state reaches the workers the way vLLM's streaming input sessions do: as
+``NewRequestData`` for a request id they already have.
+"""
+
+import itertools
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, StreamingUpdate
+
+from sink_vllm.engine.admission import Standing
+from sink_vllm.engine.admitting import AdmittingMixin
+from sink_vllm.engine.input_thread import PREPARED
+from sink_vllm.engine.ledger import IntegrityError
+from sink_vllm.engine.output_tail import forget_evicted
+from sink_vllm.engine.reasoning import decide_reasoning
+from sink_vllm.engine.stream import Stream
+from sink_vllm.policy.plan import REPORT_KEY, Resent, StepPlan
+
+# Below vLLM's own logger, whose handlers print it.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class StreamingLLMMixin(AdmittingMixin):
+    """Streams long prompts in, sends what was compacted again, and has no length limit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resent: list[NewRequestData] = []
+        self._steps_stalled = 0
+        self._log_start()
+
+    def _log_start(self) -> None:
+        spec = self.recycler.tables.spec
+        per_stream = self.recycler.tables.pages_per_stream
+        # Pages of all groups come from one pool: as many layers in each.
+        layers = max(len(one.layer_names) for one in self.kv_cache_config.kv_cache_groups)
+        logger.info(
+            "StreamingLLM: sink tokens S=%d, window W=%d, stride g=%d, capacity C=%d tokens; "
+            "KV cache per stream: %.2f MiB in %d pages of %d tokens; %d streams fit.",
+            spec.sink_tokens,
+            spec.window,
+            spec.stride,
+            spec.schedule.capacity,
+            per_stream * spec.page_size_bytes * layers / 2**20,
+            per_stream,
+            spec.block_size,
+            # One page of the pool is vLLM's null block.
+            (self.kv_cache_config.num_blocks - 1) // per_stream,
+        )
+
+    # -- requests come and go ---------------------------------------------------------------
+
+    def prepare(self, request: Request) -> Stream:
+        """What has to be done with a whole prompt, before the engine sees the start of it only.
+
+        vLLM's input thread does it for most requests (``engine_core``).
+        """
+        decide_reasoning(self.structured_output_manager, request)
+        return self.recycler.prepare(request)
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            self.recycler.open(request, getattr(request, PREPARED, None) or self.prepare(request))
+        super().add_request(request)
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """The next input of a session may be longer than its cache."""
+        holds_none = self.admission.standing(session.request_id) is Standing.WAITING
+        if holds_none:
+            # It was parked: its tokens are those it had computed.
+            session.num_computed_tokens = session.num_tokens
+        self._unpark(session)
+        visible = self.recycler.extend(session, update.prompt_token_ids or [])
+        super()._update_request_as_session(session, replace(update, prompt_token_ids=visible))
+        if holds_none:
+            session.num_computed_tokens = 0
+        forget_evicted(session)
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """End a request; the account of what was evicted leaves with its last output."""
+        kv_params, ec_params = super()._free_request(request, delay_free_blocks)
+        self._unpark(request)
+        self.admission.forget(request.request_id)
+        self.ledger.cancel(request.request_id)
+        report = self.recycler.close(request)
+        if report is not None:
+            kv_params = {**(kv_params or {}), REPORT_KEY: report}
+        if not self.requests:
+            self._check_idle()
+        return kv_params, ec_params
+
+    def _check_idle(self) -> None:
+        try:
+            self.ledger.check_idle()
+        except IntegrityError:  # serving on is better than not serving
+            logger.exception("StreamingLLM: the accounts of KV pages are wrong; please report it.")
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._begin_step()
+        if self._pause_state != PauseState.PAUSED_ALL:
+            self._make_room()
+        output = super().schedule(throttle_prefills)
+        self._settle_admissions()
+        self._complete_new_requests(output)
+        plan = StepPlan(
+            moves=self.ledger.take_moves(),
+            resent={
+                data.req_id: self._resent_state(data.req_id)
+                for data in output.scheduled_new_reqs
+                if data.req_id in self.recycler.dirty
+            },
+        )
+        if plan:
+            setattr(output, StepPlan.ATTRIBUTE, plan)
+        self.recycler.dirty.difference_update(plan.resent)
+        self.ledger.release()
+        self._watch(output)
+        return output
+
+    def _watch(self, output: SchedulerOutput) -> None:
+        """What an operator should see of this step, and a probe of many."""
+        stats, (_, waiting) = self.recycler.account.stats, self.get_request_counts()
+        waits = self._short_of_pages and self._pause_state == PauseState.UNPAUSED
+        stats.waiting_for_pages = waiting - self.num_waiting_for_streaming_input if waits else 0
+        stats.residents = self.admission.num_residents
+        is_idle = not self.running and not output.total_num_scheduled_tokens
+        if is_idle and waiting and self._first_ready() is not None:
+            self._steps_stalled += 1
+        else:
+            self._steps_stalled = 0
+        stats.steps_stalled = self._steps_stalled
+
+    def _complete_new_requests(self, output: SchedulerOutput) -> None:
+        """Add requests that are sent again to what vLLM sends of new ones."""
+        output.scheduled_new_reqs.extend(self._resent)
+        self._resent = []
+        if self.use_v2_model_runner:
+            for data in output.scheduled_new_reqs:
+                params = data.sampling_params
+                if data.req_id in self.recycler.dirty and params is not None and params.min_tokens:
+                    # That runner samples with stream positions, and compares them with prompt
+                    # length plus min_tokens.
+                    data.sampling_params = copy(params)
+                    data.sampling_params.min_tokens += self.recycler.streams[data.req_id].evicted
+
+    def _resent_state(self, req_id: str) -> Resent:
+        stream = self.recycler.streams[req_id]
+        return Resent(
+            rope_offset=self.recycler.tables.anchors.offset(stream.chain_evictions),
+            evicted=stream.evicted,
+            output_token_ids=list(self.requests[req_id]._output_token_ids),
+        )
+
+    def _make_cached_request_data(
+        self,
+        running_reqs: list[Request],
+        resumed_reqs: list[Request],
+        num_scheduled_tokens: dict[str, int],
+        spec_decode_tokens: dict[str, list[int]],
+        req_to_new_blocks: dict[str, KVCacheBlocks],
+    ) -> CachedRequestData:
+        """Divert requests the workers have an outdated copy of: they leave as new requests."""
+        dirty = self.recycler.dirty
+        if dirty:
+            self._resent = [
+                NewRequestData.from_request(
+                    request,
+                    self.kv_cache_manager.get_block_ids(request.request_id),
+                    request._all_token_ids.copy() if self.use_v2_model_runner else None,
+                )
+                for request in (*running_reqs, *resumed_reqs)
+                if request.request_id in dirty
+            ]
+            running_reqs = [r for r in running_reqs if r.request_id not in dirty]
+            resumed_reqs = [r for r in resumed_reqs if r.request_id not in dirty]
+        return super()._make_cached_request_data(
+            running_reqs,
+            resumed_reqs,
+            num_scheduled_tokens,
+            spec_decode_tokens,
+            req_to_new_blocks,
+        )
+
+    # -- output -----------------------------------------------------------------------------
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self.recycler.account.take_stats().attach(stats)
+        return stats
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Add the account of evictions to the first output after each of them.
+
+        The front end may end a request by itself (stop strings), so waiting for the last output
+        would lose it.
+        """
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        due = self.recycler.account.due
+        if due:
+            for output in itertools.chain(*(o.outputs for o in outputs.values())):
+                if output.request_id in due:
+                    due.discard(output.request_id)
+                    request = self.requests[output.request_id]
+                    report = self.recycler.streams[output.request_id].report(request)
+                    params = output.kv_transfer_params or {}
+                    output.kv_transfer_params = {**params, REPORT_KEY: report}
+        return outputs
+
+
+class StreamingLLMScheduler(StreamingLLMMixin):
+    """vLLM's ``Scheduler`` under the policy."""
+
+
+class StreamingLLMAsyncScheduler(StreamingLLMMixin, AsyncScheduler):
+    """vLLM's ``AsyncScheduler`` under the policy."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """What ``--scheduler-cls`` names: the scheduler that fits the final configuration.
+
+    vLLM decides about asynchronous scheduling after the class is named, so the choice is made
+    here, when the engine core builds its scheduler.
+    """
+    cls = (
+        StreamingLLMAsyncScheduler
+        if vllm_config.scheduler_config.async_scheduling
+        else StreamingLLMScheduler
+    )
+    return cls(vllm_config=vllm_config, **kwargs)

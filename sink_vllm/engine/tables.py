@@ -1,0 +1,247 @@
+"""The page tables of all layers of a stream, which evict and resume together (engine core).
+
+Most models have one group of layers, with one table per request. Models whose sliding-window
+layers have tables of their own have several: of ``StreamingLLMManager`` for the layers that see
+everything in the cache, of ``StreamingLLMWindowManager`` for the others.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+from sink_vllm.engine.boundary import Needed, longest_boundary
+from sink_vllm.engine.ledger import PageLedger
+from sink_vllm.engine.managers.streaming import Resumption, StreamingLLMManager
+from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
+from sink_vllm.policy.plan import PageMove
+from sink_vllm.policy.schedule import EvictionPages, Schedule, cdiv, pages_per_stream
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPages:
+    """Cached pages of all tables that a stream can be resumed from; nobody holds them yet."""
+
+    end: int
+    """Pages of the stream before the boundary."""
+    full: list[Resumption]
+    windows: list[list[KVCacheBlock]]
+
+    @property
+    def blocks(self) -> list[KVCacheBlock]:
+        full = (block for one in self.full for block in one.blocks)
+        return [*full, *(block for one in self.windows for block in one)]
+
+
+class PageTables:
+    """All block managers of an engine core as one."""
+
+    def __init__(self, managers: Sequence[SingleTypeKVCacheManager]) -> None:
+        self.full = [one for one in managers if isinstance(one, StreamingLLMManager)]
+        self.windowed = [one for one in managers if isinstance(one, StreamingLLMWindowManager)]
+        assert len(self.full) + len(self.windowed) == len(managers), "a group without the policy"
+        assert self.full, "layers that see everything keep the sinks"
+        first = self.full[0]
+        first.lookup_groups = [one.kv_cache_group_id for one in self.full]
+        self.spec, self.anchors = first.spec, first.anchors
+        self.block_size = first.block_size
+        self.ledger = PageLedger(first.block_pool)
+        for full in self.full:
+            full.bind(self.ledger)
+        for window in self.windowed:
+            window.bind(self.ledger)
+        self._first = first
+
+    # -- how many pages ---------------------------------------------------------------------
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.full) + len(self.windowed)
+
+    @property
+    def pages_per_stream(self) -> int:
+        """Pages a stream of the server's policy holds at most; see ``pages_of``."""
+        return self.pages_of(self.spec.schedule)
+
+    def pages_of(self, schedule: Schedule, tokens: int | None = None) -> int:
+        """Pages a stream holds at most while it generates, of all groups.
+
+        A long chunk of a prompt takes more pages of windowed layers, until the next step.
+
+        Args:
+            schedule: of the stream.
+            tokens: it will never have computed more than so many; ``None``: it has no end.
+        """
+        if tokens is None or tokens > schedule.capacity:
+            full = pages_per_stream(schedule, self.block_size)
+            return len(self.full) * full + sum(one.pages_per_stream for one in self.windowed)
+        pages = cdiv(tokens, self.block_size)
+        windowed = sum(min(pages, one.pages_per_stream) for one in self.windowed)
+        return len(self.full) * pages + windowed
+
+    def pages_after(self, computed: int, processed: int, tokens: int) -> int:
+        """Pages in the tables of a request with ``tokens`` cached tokens after this step.
+
+        Args:
+            computed: cached tokens before it; the windows of those still in flight stay.
+            processed: cached tokens whose step has been processed.
+            tokens: cached tokens after it.
+        """
+        assert processed <= computed <= tokens
+        windowed = sum(one.pages_after(processed, tokens) for one in self.windowed)
+        return len(self.full) * cdiv(tokens, self.block_size) + windowed
+
+    # -- eviction ---------------------------------------------------------------------------
+
+    def evict(
+        self, request_id: str, schedule: Schedule, window_delta: int, sink_delta: int
+    ) -> list[PageMove] | None:
+        """Drop the ``g`` tokens after the sinks of a request whose cache is full, in all tables.
+
+        Args:
+            request_id: a request with exactly ``C`` cached tokens and none in flight.
+            schedule: of this request; the same in every call.
+            window_delta: rope positions to rotate the window's keys by; 0 leaves them alone,
+                anything else is a re-anchoring.
+            sink_delta: rope positions between the sinks as first computed and as seen from now on.
+
+        Returns:
+            The page moves, or ``None`` when the pool has too few free pages; then nothing changed
+            but that windowed layers have given up what no query sees any more.
+        """
+        for window in self.windowed:
+            window.remove_skipped_blocks(request_id, schedule.capacity)
+        needs = [one.pages_to_evict(request_id, schedule, window_delta) for one in self.full]
+        windows = [one.pages_to_evict(request_id, window_delta) for one in self.windowed]
+        given_back = sum(one.pages_given_back(request_id, schedule) for one in self.full)
+        if self.ledger.num_free + given_back < sum(needs) + sum(windows):
+            return None
+        for full in self.full:
+            full.drop(request_id, schedule)
+        for window in self.windowed:
+            window.drop(request_id, schedule)
+        moves: list[PageMove] = []
+        for index, full in enumerate(self.full):
+            reserved = sum(needs[index + 1 :]) + sum(windows)
+            moves += full.compose(request_id, schedule, window_delta, sink_delta, reserved)
+        for index, window in enumerate(self.windowed):
+            moves += window.compose(request_id, window_delta, sum(windows[index + 1 :]))
+        return moves
+
+    # -- resuming from the prefix cache -----------------------------------------------------
+
+    def has_sinks(self, schedule: Schedule, hashes: Sequence[BlockHash]) -> bool:
+        """Whether the prefix cache has the pages with the sinks; yes if there are none.
+
+        It may just have got them, in which case they are of no use before the next step.
+
+        Args:
+            schedule: of a stream.
+            hashes: of at least these pages.
+        """
+        return all(map(self._first.is_known, hashes[: self.num_sink_pages(schedule)]))
+
+    def num_sink_pages(self, schedule: Schedule) -> int:
+        """Pages from the start of a stream without which it cannot be resumed."""
+        return EvictionPages.of(schedule, self.block_size).sinks
+
+    def find_resume(
+        self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int
+    ) -> FoundPages | None:
+        """The longest boundary a stream with these page hashes can be resumed at.
+
+        Args:
+            schedule: of the stream.
+            hashes: of the full pages of the stream, from its start.
+            num_pages: consider boundaries of at most that many pages.
+
+        Returns:
+            The cached pages, past the capacity; ``None`` if the sink pages, or every window, have
+            gaps in the cache.
+        """
+        if not all(map(self._first.is_cached, hashes[: self.num_sink_pages(schedule)])):
+            return None
+        needed = [
+            Needed(partial(self._first.first_page, schedule), _by_page(self._first, hashes)),
+            *(Needed(one.first_page, _by_page(one, hashes)) for one in self.windowed),
+        ]
+        end = longest_boundary(
+            min(num_pages, len(hashes)),
+            schedule.capacity // self.block_size + 1,
+            needed,
+            partial(self._first.is_resumable, schedule),
+        )
+        if end is None:
+            return None
+        return FoundPages(
+            end,
+            [one.found(schedule, hashes, end) for one in self.full],
+            [one.found(hashes, end) for one in self.windowed],
+        )
+
+    def pages_to_resume(self, schedule: Schedule, found: FoundPages) -> int:
+        """Free pages that ``resume`` takes at least, those it starts from included."""
+        free = sum(block.ref_cnt == 0 for block in found.blocks)
+        return free + sum(self._taken(schedule, found))
+
+    def resume(self, request_id: str, schedule: Schedule, found: FoundPages) -> list[PageMove]:
+        """Build the tables a stream has after ``found.end`` pages.
+
+        Args:
+            request_id: a request without pages.
+            schedule: of its stream.
+            found: just found; there are ``pages_to_resume`` free pages.
+        """
+        taken = self._taken(schedule, found)
+        # Held before any table takes a free page, which might be one that another starts from.
+        self.ledger.pool.touch(found.blocks)
+        moves: list[PageMove] = []
+        for index, (full, pages) in enumerate(zip(self.full, found.full, strict=True)):
+            reserved = sum(taken[index + 1 :])
+            moves += full.resume(request_id, schedule, pages, found.end, reserved)
+        evicted = self.evictions_at(schedule, found.end) * schedule.stride // self.block_size
+        for index, (window, blocks) in enumerate(zip(self.windowed, found.windows, strict=True)):
+            deltas = self._deltas(schedule, window, found.end)
+            reserved = sum(taken[len(self.full) + index + 1 :])
+            moves += window.resume(request_id, blocks, found.end, evicted, deltas, reserved)
+        return moves
+
+    def _taken(self, schedule: Schedule, found: FoundPages) -> list[int]:
+        """Free pages each table takes beside those it is resumed from."""
+        full = zip(self.full, found.full, strict=True)
+        windows = zip(self.windowed, found.windows, strict=True)
+        return [
+            *(one.pages_to_resume(schedule, pages) for one, pages in full),
+            *(
+                one.pages_to_resume(blocks, self._deltas(schedule, one, found.end))
+                for one, blocks in windows
+            ),
+        ]
+
+    def _deltas(self, schedule: Schedule, window: StreamingLLMWindowManager, end: int) -> list[int]:
+        """Rope positions by which the pages of a native window have been rotated since."""
+        evictions = self.evictions_at(schedule, end)
+        return [
+            self._first.age(schedule, page, evictions) * -self.anchors.span
+            for page in range(window.first_page(end), end)
+        ]
+
+    def evictions_at(self, schedule: Schedule, end: int) -> int:
+        """See ``StreamingLLMManager.evictions_at``."""
+        return self._first.evictions_at(schedule, end)
+
+    def stop_hashing(self, request_id: str) -> None:
+        """Let no further page of a request into the prefix cache."""
+        for full in self.full:
+            full.stop_hashing(request_id)
+        for window in self.windowed:
+            window.stop_hashing(request_id)
+
+
+def _by_page(
+    manager: StreamingLLMManager | StreamingLLMWindowManager, hashes: Sequence[BlockHash]
+) -> Callable[[int], bool]:
+    """Whether the prefix cache has a page, by its place in the stream."""
+    return lambda page: manager.is_cached(hashes[page])

@@ -1,0 +1,308 @@
+"""What ``--kv-policy sink`` refuses: one table for the gate, its messages, the docs and the test.
+
+Anything that is not known to work is refused before a model is loaded; nothing falls back
+silently. The first row that applies is reported, so the rows go from the model's nature to
+single settings. Imports neither torch nor vLLM.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sink_vllm.gate.facts import Facts
+
+KNOWN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+FP8_KV_DTYPES = ("fp8", "fp8_e4m3")
+"""One scale for all keys of a layer or of a head: it cancels when a key is rotated."""
+PLATFORMS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One row of the table."""
+
+    name: str
+    what: str
+    found: Callable[[Facts], object]
+    """The value that was found when the row applies; ``None``, ``False`` or ``0`` otherwise."""
+    why: str
+    way_out: str
+    final: bool = False
+    """Whether the method itself does not apply; otherwise sink_vllm cannot do it *yet*."""
+
+    def reason(self, facts: Facts) -> str | None:
+        """One sentence with option, value, rule and way out, when the row applies."""
+        found = self.found(facts)
+        if not found:
+            return None
+        verb, when = ("cannot work with", "") if self.final else ("does not work with", " yet")
+        return f"--kv-policy sink {verb} {self.what}{when} ({found}): {self.why}; {self.way_out}."
+
+
+_OTHER_MODEL = "serve this model with --kv-policy full"
+_OTHER_PLATFORM = f"{_OTHER_MODEL} on a GPU"
+
+
+def _if(applies: bool, value: object) -> object:
+    return value if applies else None
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "encoder-decoder",
+        "encoder-decoder models",
+        lambda f: _if(f.encoder_decoder, f.architecture),
+        "cross-attention reads the encoder's states, which must all stay",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "pooling",
+        "pooling and embedding models",
+        lambda f: _if(f.runner != "generate", f"--runner {f.runner}"),
+        "they read the whole input at once and generate no stream",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "attention-free",
+        "attention-free models",
+        lambda f: _if(f.attention_free, f.architecture),
+        "they have no KV cache to bound",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "bidirectional",
+        "bidirectional attention",
+        lambda f: _if(f.bidirectional, f.architecture),
+        "a key is not final until tokens after it are known, so it cannot be cached for ever",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "diffusion",
+        "diffusion language models",
+        lambda f: _if(f.diffusion, f.architecture),
+        "they rewrite tokens that are already in the cache",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "recurrent layers",
+        "hybrid models with state-space or linear-attention layers",
+        lambda f: _if(f.recurrent_layers, f.architecture),
+        "their recurrent state cannot forget evicted tokens, and shares pages with the KV cache",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "multimodal M-RoPE",
+        "multimodal rotary positions (M-RoPE)",
+        lambda f: _if(f.mrope, f.architecture),
+        "an image takes positions in three dimensions, which one offset cannot move",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "multimodal",
+        "multimodal models",
+        lambda f: _if(f.multimodal, f.architecture),
+        "an image could be cut in two by an eviction",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "MLA",
+        "multi-head latent attention on GPUs",
+        lambda f: _if(f.mla and f.platform != "cpu", f.architecture),
+        "its pages have been moved on CPUs only",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "MLA without RoPE scaling",
+        "multi-head latent attention without RoPE scaling on CPUs",
+        lambda f: _if(f.mla and "default" in f.rope_types, f.architecture),
+        "vLLM 0.32 itself rotates the wrong numbers there, a part of the latents",
+        _OTHER_PLATFORM,
+    ),
+    Refusal(
+        "sparse attention",
+        "sparse attention",
+        lambda f: _if(f.sparse_attention, f.architecture),
+        "its index cache would have to be evicted with the keys",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "chunked attention",
+        "chunked, dual-chunk or reference-window attention",
+        lambda f: f.chunked_attention,
+        "what a token sees depends on where it is in the text, not only on what is how far back",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "unequal layers",
+        "models whose attention layers differ in shape",
+        lambda f: _if(f.unequal_layers, f.architecture),
+        "vLLM manages their pages in several groups",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "shared KV layers",
+        "layers that read another layer's KV cache",
+        lambda f: f.shared_kv_layers,
+        "their keys would be moved twice",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "learned absolute positions",
+        "positions that are not rotary (RoPE), such as learned absolute embeddings",
+        lambda f: _if(f.positions == "other", f.architecture),
+        "a position that is part of a token's hidden state cannot be changed in its cached key",
+        _OTHER_MODEL,
+        final=True,
+    ),
+    Refusal(
+        "RoPE scaling",
+        "RoPE scaling other than " + ", ".join(KNOWN_ROPE_TYPES),
+        lambda f: [t for t in f.rope_types if t not in KNOWN_ROPE_TYPES],
+        "frequencies that depend on the length cannot rotate a key by a difference of positions",
+        "use a checkpoint with one of these scalings, or --kv-policy full",
+    ),
+    Refusal(
+        "position-scaled attention",
+        "queries that are scaled by their absolute position",
+        lambda f: f.position_scaled_attention,
+        "positions inside the cache are not the positions of the text",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "prompt embeddings",
+        "prompts given as embeddings",
+        lambda f: _if(f.prompt_embeds, "--enable-prompt-embeds"),
+        "a stream is kept as token ids when it has to be recomputed",
+        "drop --enable-prompt-embeds",
+    ),
+    Refusal(
+        "custom logits processors",
+        "custom logits processors",
+        lambda f: f.custom_logits_processors,
+        "they are given a list of output tokens, from which evicted ones are missing",
+        "drop --logits-processors, or uninstall the plugin",
+    ),
+    Refusal(
+        "watermarking",
+        "watermarks in texts",
+        lambda f: f.watermarking,
+        "a context is marked once per answer, and evicted tokens are missing from the search",
+        "drop --watermark-config",
+    ),
+    Refusal(
+        "routed experts",
+        "returning routed experts",
+        lambda f: _if(f.routed_experts, "--enable-return-routed-experts"),
+        "they are recorded per slot of the KV cache, and slots are used again",
+        "drop --enable-return-routed-experts",
+    ),
+    Refusal(
+        "platform",
+        "platforms other than " + " and ".join(PLATFORMS),
+        lambda f: _if(f.platform not in PLATFORMS, f.platform),
+        "its attention backends may store keys in another layout",
+        "run on one of these, or use --kv-policy full",
+    ),
+    Refusal(
+        "Rust front end",
+        "the Rust front end",
+        lambda f: _if(f.rust_frontend, "VLLM_USE_RUST_FRONTEND=1"),
+        "it knows nothing of prompts and outputs longer than the cache",
+        "unset VLLM_USE_RUST_FRONTEND",
+    ),
+    Refusal(
+        "no chunked prefill",
+        "chunked prefill switched off",
+        # vLLM switches it off for latent attention on CPUs, which then goes token by token.
+        lambda f: _if(not f.chunked_prefill and not f.mla, "--no-enable-chunked-prefill"),
+        "a prompt longer than the cache is computed in chunks, evicting between them",
+        "drop --no-enable-chunked-prefill",
+        final=True,
+    ),
+    Refusal(
+        "quantised KV cache",
+        "a quantised KV cache",
+        lambda f: _if(f.kv_cache_dtype not in PLAIN_KV_DTYPES + FP8_KV_DTYPES, f.kv_cache_dtype),
+        "rotating a key would need the scale of its token",
+        "use --kv-cache-dtype fp8 or auto",
+    ),
+    Refusal(
+        "fp8 KV cache on old CPUs",
+        "an fp8 KV cache on this CPU",
+        lambda f: _if(
+            f.platform == "cpu" and f.kv_cache_dtype in FP8_KV_DTYPES and not f.cpu_has_fp8_kernels,
+            f.kv_cache_dtype,
+        ),
+        "vLLM's kernels for it need AVX-512 or AMX",
+        "use --kv-cache-dtype auto",
+        final=True,
+    ),
+    Refusal(
+        "speculative decoding",
+        "speculative decoding",
+        lambda f: f.speculative_method,
+        "draft tokens may have to be taken back after an eviction",
+        "drop --speculative-config",
+    ),
+    Refusal(  # before the next row: vLLM offloads through a connector
+        "KV offloading",
+        "KV cache offloading",
+        lambda f: _if(bool(f.kv_offloading_gib), f"{f.kv_offloading_gib} GiB"),
+        "pages that leave the engine would have to carry their rope offset",
+        "drop --kv-offloading-size",
+    ),
+    Refusal(
+        "KV connector",
+        "KV connectors",
+        lambda f: f.kv_connector,
+        "pages that leave the engine would have to carry their rope offset",
+        "drop --kv-transfer-config",
+    ),
+    Refusal(
+        "prefill context parallelism",
+        "prefill context parallelism",
+        lambda f: _if(f.prefill_context_parallel > 1, f.prefill_context_parallel),
+        "the pages of one stream are spread over several workers",
+        "use --prefill-context-parallel-size 1",
+    ),
+    Refusal(
+        "decode context parallelism",
+        "decode context parallelism",
+        lambda f: _if(f.decode_context_parallel > 1, f.decode_context_parallel),
+        "the pages of one stream are spread over several workers",
+        "use --decode-context-parallel-size 1",
+    ),
+    Refusal(
+        "pipeline parallelism",
+        "pipeline parallelism on vLLM's V2 model runner",
+        lambda f: _if(f.pipeline_parallel > 1 and f.v2_runner, f.pipeline_parallel),
+        "its stages hand sampled tokens to each other, which has not been tested with evictions",
+        "set VLLM_USE_V2_MODEL_RUNNER=0, or use --tensor-parallel-size",
+    ),
+    Refusal(
+        "legacy Ray executor",
+        "vLLM's older Ray executor",
+        lambda f: _if(f.legacy_ray_executor, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0"),
+        "its compiled graphs of actors have not been tested with evictions",
+        "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
+    ),
+    Refusal(
+        "microbatching",
+        "microbatching (dual batch overlap)",
+        lambda f: _if(f.microbatching, "--enable-dbo or --ubatch-size"),
+        "a batch cut in two is given its positions before the rope offsets are added",
+        "drop --enable-dbo and --ubatch-size",
+    ),
+    Refusal(
+        "KV sharing fast prefill",
+        "fast prefill with KV sharing",
+        lambda f: _if(f.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        "it skips tokens of layers whose keys would have to be moved",
+        "drop --kv-sharing-fast-prefill",
+    ),
+)

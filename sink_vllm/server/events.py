@@ -1,0 +1,165 @@
+"""Streams of ``/v1/completions`` and ``/v1/chat/completions``: reports, and nothing kept.
+
+vLLM's stream generators turn outputs of the engine into server-sent events. They do not pass
+``kv_transfer_params`` on, the one for chat keeps the text of the whole response for the request
+log, and both keep the prompt. They are wrapped from outside: the outputs that go in are watched,
+the events that come out get the report.
+"""
+
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from sink_vllm.compat.patching import Patch
+from sink_vllm.policy.report import (
+    FIELD,
+    KEY,
+    Report,
+    account_of_batch,
+    onto_chunk,
+    report_of,
+)
+from sink_vllm.server.lengths import policy_of
+from sink_vllm.server.prompts import Luggage, forget_body
+
+
+class Unkept(str):
+    """Text that is not kept by who collects it: ``collected + text`` is ``collected``."""
+
+    __slots__ = ()
+
+    def __radd__(self, collected: str) -> str:
+        return collected
+
+
+class _Watch:
+    """The outputs on their way into a stream generator."""
+
+    def __init__(
+        self, outputs: AsyncIterator[Any], choices: int, keep_text: bool, luggage: Luggage
+    ) -> None:
+        self.reports: dict[int, Report] = {}
+        """Of choices whose last output went in and whose last event has not come out."""
+        self._outputs = outputs
+        self._choices = choices
+        self._keep_text = keep_text
+        self._luggage = luggage
+
+    async def __call__(self) -> AsyncGenerator[Any, None]:
+        async for item in self._outputs:
+            # The merged outputs of several prompts come with the index of their prompt.
+            prompt_index, output = item if isinstance(item, tuple) else (0, item)
+            for completion in output.outputs:
+                if not self._keep_text:
+                    completion.text = Unkept(completion.text)
+                if completion.finish_reason is not None:
+                    report = report_of(output.kv_transfer_params, completion.index)
+                    if report is not None:
+                        index = prompt_index * self._choices + completion.index
+                        self.reports[index] = report
+            yield item
+            if self._luggage.untold:
+                self._luggage.told(prompt_index, output)
+
+
+def _wrap_stream(
+    keeps_text: Callable[[Any], bool],
+) -> Callable[[Callable[..., AsyncGenerator[str, None]]], Callable[..., Any]]:
+    def wrap(original: Callable[..., AsyncGenerator[str, None]]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        async def watched(call: inspect.BoundArguments) -> AsyncGenerator[str, None]:
+            arguments = call.arguments
+            policy = policy_of(arguments["self"].model_config)
+            assert policy is not None
+            watch = _Watch(
+                arguments["result_generator"],
+                choices=arguments["request"].n or 1,
+                keep_text=keeps_text(arguments["self"]),
+                luggage=Luggage(arguments, policy),
+            )
+            async with aclosing(watch()) as outputs:
+                arguments["result_generator"] = outputs
+                async with aclosing(original(*call.args, **call.kwargs)) as chunks:
+                    async for chunk in chunks:
+                        yield onto_chunk(chunk, watch.reports) if watch.reports else chunk
+
+        def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
+            if policy_of(self.model_config) is None:
+                return original(self, *args, **kwargs)
+            return watched(signature.bind(self, *args, **kwargs))
+
+        return stream
+
+    return wrap
+
+
+def _chat_keeps_text(handler: Any) -> bool:
+    """Parsers of tool calls and reasoning read the text; so does the log, if it is switched on."""
+    return handler.parser_cls is not None or bool(
+        handler.enable_log_outputs and handler.request_logger
+    )
+
+
+def _wrap_create(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For both handlers: the body is of no use when a stream has been made of it."""
+
+    async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+        response = await original(self, request, raw_request)
+        streams = isinstance(response, AsyncGenerator)
+        if streams and raw_request is not None and policy_of(self.model_config) is not None:
+            forget_body(raw_request)
+        return response
+
+    return create
+
+
+def _wrap_full_completion(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Several prompts in one request: vLLM passes on the report about the first only."""
+
+    def request_output_to_completion_response(
+        self: Any, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        response = original(self, final_res_batch, request, *args, **kwargs)
+        if policy_of(self.model_config) is not None and len(final_res_batch) > 1:
+            account = account_of_batch(final_res_batch, request.n or 1)
+            if account is not None:
+                response.kv_transfer_params = {**(getattr(response, FIELD) or {}), KEY: account}
+        return response
+
+    return request_output_to_completion_response
+
+
+PATCHES = (
+    Patch(
+        target="vllm.entrypoints.openai.completion.serving:"
+        "OpenAIServingCompletion.completion_stream_generator",
+        wrapper=_wrap_stream(lambda _handler: True),
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.completion.serving:"
+        "OpenAIServingCompletion.request_output_to_completion_response",
+        wrapper=_wrap_full_completion,
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.chat_completion.serving:"
+        "OpenAIServingChat.chat_completion_stream_generator",
+        wrapper=_wrap_stream(_chat_keeps_text),
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.completion.serving:"
+        "OpenAIServingCompletion.create_completion",
+        wrapper=_wrap_create,
+        record="0007-response-streams",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.chat_completion.serving:"
+        "OpenAIServingChat.create_chat_completion",
+        wrapper=_wrap_create,
+        record="0007-response-streams",
+    ),
+)

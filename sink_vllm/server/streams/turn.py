@@ -1,0 +1,165 @@
+"""One append to a stream, from the engine's first output to the account of what it cost."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import RetryableRequestError
+from vllm.outputs import RequestOutput
+
+from sink_vllm.server.streams.bodies import Append, Appended, AppendUsage
+from sink_vllm.server.streams.store import StoredStream
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from sink_vllm.server.streams.service import StreamService
+
+_CLOSING: set[asyncio.Future[Any]] = set()  # asyncio itself would let go of them
+
+
+class Turn:
+    """One append: the stream's tokens change when it ends, all at once.
+
+    A turn that is ended early keeps what was generated up to then if somebody has read it;
+    otherwise, and after any error, the stream is as it was. Whatever happens to the task that
+    runs a turn, and however often it is cancelled, the stream is given back: that waits for
+    nothing, and a turn that is lost gives its stream back too.
+    """
+
+    _ended = True  # until there is a stream to give back
+
+    def __init__(
+        self,
+        service: "StreamService",
+        stream: StoredStream,
+        request: Append,
+        raw_request: "Request | None" = None,
+    ) -> None:
+        """
+        Args:
+            service: whose store ``stream`` has been taken from.
+            stream: the turn's, until it ends.
+            request: what to append, and how to generate.
+            raw_request: for vLLM's headers (priority, session, tracing, request id).
+        """
+        self._service, self._stream, self._request = service, stream, request
+        self._raw_request = raw_request
+        self._before = (stream.options, stream.schedule)
+        self._appended: list[int] = []
+        self._generated: list[int] = []
+        self._outputs: AsyncGenerator[RequestOutput, None] | None = None
+        self._first: RequestOutput | None = None
+        self._cached = 0
+        self._finish_reason: str | None = None
+        self._read = False
+        self._failed = False
+        self._complete = False
+        self._ended = False
+
+    async def start(self) -> None:
+        """Render, and wait for the engine's first output: errors come before any answer."""
+        service, stream, request = self._service, self._stream, self._request
+        await service.check_model(stream.model)
+        service.check_engine()
+        self._appended = await service.new_tokens(stream, request)
+        tokens = [*stream.tokens, *self._appended]
+        params = service.params(stream, request.generate, len(tokens))
+        self._outputs = await service.outputs(stream, tokens, params, self._raw_request)
+        self._first = await anext(self._outputs)
+        self._cached = self._first.num_cached_tokens or 0
+        self._check(self._first)
+
+    async def deltas(self) -> AsyncGenerator[tuple[str, list[int]], None]:
+        """Text and token ids as they are generated; nothing without generation.
+
+        Raises:
+            GenerationError: the engine has given the request up; the stream is as it was.
+            VLLMError: as the engine raises it; the same.
+        """
+        outputs, output = self._outputs, self._first
+        assert outputs is not None
+        try:
+            while output is not None:
+                self._check(output)
+                completion = output.outputs[0]
+                if self._request.generate is not None:
+                    self._generated += completion.token_ids
+                    self._finish_reason = completion.finish_reason
+                    self._read = True
+                    yield completion.text, list(completion.token_ids)
+                output = await anext(outputs, None)
+        except Exception:  # nobody has left: something went wrong
+            self._failed = True
+            raise
+        self._complete = True
+
+    def _check(self, output: RequestOutput) -> None:
+        """Raise what the engine's finish reason means, if it is an error."""
+        reason = output.outputs[0].finish_reason
+        if reason == "abort":  # by the engine: our own aborts have no outputs
+            raise RetryableRequestError(
+                "The server has aborted this generation, because it is pausing or ending or "
+                "because nobody read the answer; the stream is as it was, append again."
+            )
+        self._service.raise_if_error(reason, output.request_id)
+
+    def end(self) -> None:
+        """Give the stream back, however the turn ended. Nothing here waits."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            left = self._read and self._request.stream and not self._failed
+            if self._complete or left:
+                self._commit()
+            else:
+                self._stream.options, self._stream.schedule = self._before
+        finally:
+            self._service.store.release(self._stream)
+
+    async def close(self) -> None:
+        """End the turn, and wait until the engine has let go of it.
+
+        Cancelling this stops the waiting only: the next turn may begin meanwhile, as another
+        request of the engine.
+        """
+        self.end()
+        if self._outputs is None:
+            return
+        outputs, self._outputs = self._outputs, None
+        closing = asyncio.ensure_future(outputs.aclose())
+        _CLOSING.add(closing)
+        closing.add_done_callback(_CLOSING.discard)
+        await asyncio.shield(closing)
+
+    def __del__(self) -> None:
+        self.end()  # of a response that was never sent, say
+
+    def _commit(self) -> None:
+        stream, request = self._stream, self._request
+        stream.tokens.extend([*self._appended, *self._generated])
+        stream.turns += 1
+        stream.sampled = bool(self._generated)
+        if request.generate is not None or request.is_raw:
+            stream.tail, stream.open = "assistant", True
+        elif request.messages:
+            stream.tail, stream.open = request.messages[-1].role, False
+        stream.pending = ()
+
+    def finish(self, text: str | None) -> Appended:
+        """End the turn, and account for it before anybody else can begin another."""
+        self.end()
+        prompt = len(self._stream.tokens) - len(self._generated)
+        return Appended(
+            text=text,
+            token_ids=self._generated if self._request.return_token_ids else None,
+            finish_reason=self._finish_reason,
+            usage=AppendUsage(
+                appended_tokens=len(self._appended),
+                generated_tokens=len(self._generated),
+                cached_tokens=self._cached,
+                computed_tokens=prompt - self._cached,
+            ),
+            stream=self._service.info(self._stream),
+        )

@@ -1,0 +1,41 @@
+"""Which layout the pages of a layer have."""
+
+import torch
+from vllm.model_executor.layers.attention import MLAAttention
+
+from sink_vllm.worker.keys.cpu import CPUKeyPages
+from sink_vllm.worker.keys.pages import KeyPages
+from sink_vllm.worker.keys.strided import LatentKeyPages, StridedKeyPages
+from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.moves.store import PageStore
+
+LATENT_BACKENDS = ("CPU_MLA",)
+"""Backends of multi-head latent attention whose pages have been moved by a test."""
+
+
+def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
+    """The implementation for the backend of ``layer``.
+
+    Raises:
+        ValueError: no implementation reads this layout; names layer, backend and way out.
+    """
+    backend = layer.module.attn_backend.get_name()
+    dtype = layer.cache_dtype
+    supported = [torch.float32, torch.bfloat16, torch.float16]
+    if not isinstance(layer.module, MLAAttention):
+        supported.append(torch.float8_e4m3fn)
+    if dtype not in supported:
+        raise ValueError(
+            f"{layer.name}: its KV cache of {str(dtype).removeprefix('torch.')} elements in "
+            f"{backend} is not supported; use --kv-cache-dtype auto."
+        )
+    if backend == "CPU_ATTN":
+        return CPUKeyPages(layer, store)
+    if isinstance(layer.module, MLAAttention):
+        if backend not in LATENT_BACKENDS:
+            raise ValueError(
+                f"{layer.name}: --kv-policy sink has not been tested with the pages of "
+                f"{backend}; use --attention-backend {' or '.join(LATENT_BACKENDS)}."
+            )
+        return LatentKeyPages(layer, store)
+    return StridedKeyPages(layer, store)

@@ -1,0 +1,285 @@
+"""Every patch has a record, every record a patch, and the records say what they must."""
+
+import ast
+import functools
+import inspect
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from vllm import SamplingParams
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.renderers.base import BaseRenderer
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu_worker import Worker
+
+from sink_vllm.compat.changes import OBJECT_CHANGES, ObjectChange, declared_patches
+from sink_vllm.compat.patching import Patch
+from sink_vllm.compat.versions import supported_versions
+from sink_vllm.policy.plan import StepPlan
+from tests.support.paths import ROOT
+
+RECORDS = sorted((ROOT / "patches").glob("[0-9]*.md"))
+ROWS = (
+    "Process",
+    "vLLM versions",
+    "How",
+    "Upstream PR",
+    "Remove when",
+    "Guarded by",
+)
+
+
+def _rows(record: Path) -> dict[str, str]:
+    """The table at the top of a record."""
+    return dict(re.findall(r"^\| (\w[^|]*?) \| (.*?) \|$", record.read_text(), flags=re.M))
+
+
+def _names(patches: tuple[Patch, ...]) -> list[str]:
+    return [patch.record for patch in patches]
+
+
+def test_records_are_the_declared_patches() -> None:
+    declared = {*_names(declared_patches()), *(change.record for change in OBJECT_CHANGES)}
+
+    assert sorted(path.stem for path in RECORDS) == sorted(declared)
+
+
+def test_numbers_of_records_are_unique() -> None:
+    numbers = [path.stem[:4] for path in RECORDS]
+
+    assert len(numbers) == len(set(numbers))
+
+
+@pytest.mark.parametrize("patch", declared_patches(), ids=lambda p: p.target)
+def test_record_names_the_target(patch: Patch) -> None:
+    """A record may describe several patches that only make sense together."""
+    record = ROOT / "patches" / f"{patch.record}.md"
+
+    assert f"`{patch.target}`" in _rows(record)["Target"]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
+def test_record_is_complete(record: Path) -> None:
+    rows, text = _rows(record), record.read_text()
+
+    assert [name for name in ROWS if not rows.get(name)] == []
+    assert rows.get("Target") or rows.get("Changes")
+    assert "**Why.**" in text
+    assert "**Why not a seam.**" in text
+    low, high = rows["vLLM versions"].removeprefix("all but ").split(",")
+    assert {low, high} == set(supported_versions().split(","))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
+def test_guard_named_by_the_record_exists(record: Path) -> None:
+    guards = re.findall(r"`(tests/\S+?\.py)::(\w+)`", _rows(record)["Guarded by"])
+
+    assert guards
+    for path, name in guards:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), flags=re.M), name
+
+
+def test_index_lists_every_record() -> None:
+    index = (ROOT / "patches" / "README.md").read_text()
+
+    assert [path.name for path in RECORDS if f"({path.name})" not in index] == []
+
+
+# Objects of ours, by the names the code gives them; what else is assigned to is vLLM's.
+OURS = {
+    "sink_vllm.engine": {
+        "stream",
+        "stats",
+        "self.stats",
+        "self.account.stats",
+        "ledger",
+        "self.ledger",
+        "holder",
+        "first",
+        "full",
+    },
+    "sink_vllm.server.streams": {
+        "stream",
+        "self._stream",
+        "self._clients[client]",
+        "held",
+        "state",  # Starlette's, made for such things
+        "raw_request.state",
+    },
+    "sink_vllm.server.memory": {"self._shared"},
+    "sink_vllm.worker": {"layer", "step", "finish"},  # the steps of the self-test, made by it
+    "sink_vllm.gate.refused": {"sys"},  # record 0001 tells of it
+    "sink_vllm.plugin": {"os"},  # the environment of child processes
+    "sink_vllm.server.front_end": {"call"},  # arguments, bound by ``inspect``
+}
+
+
+class Assigned(NamedTuple):
+    """An assignment to something that is not an attribute of ``self``."""
+
+    module: str
+    base: str
+    """The object, as the code spells it."""
+    what: str
+
+
+def assigned_in(module: str, source: str) -> list[Assigned]:
+    """What the code of a module assigns to, or deletes from, objects other than ``self``."""
+    tree = ast.parse(source)
+    of_vllm = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm"
+        for alias in node.names
+    }
+    found = []
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = list(node.targets)
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "setattr",
+            "delattr",
+            "__setattr__",
+        ):
+            base, name = node.args[:2]
+            given = ast.unparse(name)
+            spelled = given.strip("'") if isinstance(name, ast.Constant) else f"<{given}>"
+            found.append(Assigned(module, ast.unparse(base), f"{ast.unparse(base)}.{spelled}"))
+        while targets:
+            target = targets.pop()
+            if isinstance(target, ast.Tuple | ast.List):
+                targets += target.elts
+                continue
+            inner = target.value if isinstance(target, ast.Subscript) else target
+            if isinstance(inner, ast.Attribute):
+                base = inner.value
+                own = isinstance(base, ast.Name) and base.id in ("self", "cls")
+                if own and inner.attr != "__class__":
+                    continue
+                found.append(Assigned(module, ast.unparse(base), ast.unparse(target)))
+            elif isinstance(inner, ast.Name) and inner is not target and inner.id in of_vllm:
+                found.append(Assigned(module, inner.id, ast.unparse(target)))
+    return found
+
+
+def _within(module: str, where: str) -> bool:
+    return module == where or module.startswith(f"{where}.")
+
+
+def _is_ours(one: Assigned) -> bool:
+    return "__class__" not in one.what and any(
+        _within(one.module, where) and one.base in bases for where, bases in OURS.items()
+    )
+
+
+def _declares(change: ObjectChange, one: Assigned) -> bool:
+    # Brackets are brackets here, not sets of characters.
+    pattern = re.escape(change.what).replace(r"\*", ".*")
+    return _within(one.module, change.where) and re.fullmatch(pattern, one.what) is not None
+
+
+@functools.cache
+def _assigned() -> list[Assigned]:
+    paths = sorted((ROOT / "sink_vllm").rglob("*.py"))
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return [
+        one
+        for module, path in zip(modules, paths, strict=True)
+        for one in assigned_in(module, path.read_text())
+    ]
+
+
+def test_changes_of_vllm_s_objects_are_declared() -> None:
+    """A new class swap, or an attribute set on an object of vLLM, needs a record."""
+    undeclared = [
+        one
+        for one in _assigned()
+        if not _is_ours(one) and not any(_declares(change, one) for change in OBJECT_CHANGES)
+    ]
+
+    assert undeclared == [], "declare it in OBJECT_CHANGES, with a record, or in OURS"
+
+
+def test_declared_changes_are_made() -> None:
+    gone = [
+        change for change in OBJECT_CHANGES if not any(_declares(change, o) for o in _assigned())
+    ]
+
+    assert gone == []
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("runner.__class__ = Ours", "runner.__class__"),
+        ("self.__class__ = Ours", "self.__class__"),
+        ("a, engine.limit = 1, 2", "engine.limit"),
+        ("setattr(engine, name, 1)", "engine.<name>"),
+        ("object.__setattr__(engine, 'limit', 1)", "engine.limit"),
+        ("del engine.known[key]", "engine.known[key]"),
+        ("engine.count += 1", "engine.count"),
+        ("from vllm.x import TABLE\nTABLE[key] = 1", "TABLE[key]"),
+    ],
+)
+def test_a_change_is_found_however_it_is_written(source: str, what: str) -> None:
+    assert [one.what for one in assigned_in("sink_vllm.worker.new", source)] == [what]
+    assert assigned_in("m", "self.a = 1\nb = 2\nc[0] = 3") == []
+
+
+def test_guard_cpu_worker_makes_its_runner_without_a_factory() -> None:
+    """With the factory of the GPU worker there would be nothing to change afterwards."""
+    source = inspect.getsource(CPUWorker.init_device)
+
+    assert "self.model_runner = CPUModelRunner(" in source
+    assert "CPUModelRunnerV2(" in source
+    assert "_make_model_runner" not in source
+    assert hasattr(Worker, "_make_model_runner")
+
+
+def test_guard_inputs_of_the_model_state_override_those_of_the_runner() -> None:
+    step = inspect.getsource(GPUModelRunnerV2.execute_model)
+    captured = inspect.getsource(cudagraph_utils)
+
+    assert "**self.model_state.prepare_inputs(input_batch, self.req_states)" in step
+    assert "**model_state.prepare_dummy_inputs(num_reqs, num_tokens)" in captured
+
+
+def test_guard_rotary_modules_read_one_table() -> None:
+    """A second table would end where the model's did; the other one is for ROCm's kernels."""
+    made = inspect.getsource(RotaryEmbeddingBase.__init__)
+    tables = set(re.findall(r'register_buffer\(\s*"(\w+)"', made))
+
+    assert tables == {"cos_sin_cache", "cos_sin_cache_bf16"}
+    assert "if self.use_aiter and cache.dtype" in made
+    assert "return _ROPE_DICT[key]" in inspect.getsource(rotary_embedding.get_rope)
+
+
+def test_guard_attributes_survive_on_their_objects() -> None:
+    """No slots, and steps keep them when they are sent to workers."""
+    step = SchedulerOutput.make_empty()
+    setattr(step, StepPlan.ATTRIBUTE, StepPlan(resent={}))
+
+    assert StepPlan.of(pickle.loads(pickle.dumps(step))) == StepPlan()
+    for cls in (SchedulerOutput, VllmConfig, ModelConfig, BaseRenderer):
+        assert not any("__slots__" in vars(one) and vars(one)["__slots__"] for one in cls.__mro__)
+
+
+def test_guard_requests_have_the_values_that_are_set() -> None:
+    request = Request("a", [1, 2], SamplingParams(max_tokens=3, min_tokens=1), None)
+    written = {one.what for one in _assigned() if one.base == "request"}
+    names = {re.split(r"[.\[]", what)[1] for what in written if what.startswith("request.")}
+
+    assert names >= {"prompt_token_ids", "num_computed_tokens", "block_hashes"}
+    assert [name for name in names if not hasattr(request, name)] == []

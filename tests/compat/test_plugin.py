@@ -1,0 +1,121 @@
+"""The entry point: found by vLLM, light to import, strict about versions, harmless twice."""
+
+import pickle
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+
+import pytest
+
+from sink_vllm.compat.changes import start_up_patches
+from sink_vllm.compat.versions import is_supported, refusal_of, supported_versions
+from sink_vllm.plugin import register
+from tests.support.paths import ROOT
+
+LIGHT_MODULES = (
+    "sink_vllm",
+    "sink_vllm.plugin",
+    "sink_vllm.policy.config",
+    "sink_vllm.policy.schedule",
+    "sink_vllm.policy.plan",
+    "sink_vllm.compat.patching",
+    "sink_vllm.gate.check",
+    "sink_vllm.compat.parts",
+    "sink_vllm.gate.refused",
+    "sink_vllm.compat.unsupported",
+    "sink_vllm.compat.shipping",
+)
+
+
+def _python(code: str) -> str:
+    """Standard output of ``code`` in a fresh interpreter; raises if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_import_is_light(module: str) -> None:
+    _python(
+        f"import sys, {module}; heavy = {{'torch', 'vllm', 'transformers'}} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+
+
+def test_patches_are_declared_without_importing_vllm() -> None:
+    """Targets are resolved when patches are applied; a declaration must not load the engine."""
+    _python(
+        "import sys; from sink_vllm.compat.changes import declared_patches; "
+        "assert declared_patches(); assert 'vllm' not in sys.modules"
+    )
+
+
+def test_entry_point_is_register() -> None:
+    (found,) = entry_points(group="vllm.general_plugins", name="sink_vllm")
+
+    assert found.load() is register
+
+
+def test_register_twice_changes_nothing_the_second_time() -> None:
+    register()
+    patches = start_up_patches()
+    assert all(patch.is_applied for patch in patches)
+    before = [_resolve(patch.target) for patch in patches]
+
+    register()
+
+    assert [_resolve(patch.target) for patch in patches] == before
+
+
+def _resolve(target: str) -> object:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    module, _, path = target.partition(":")
+    owner, _, name = path.rpartition(".")
+    holder = resolve_obj_by_qualname(f"{module}.{owner}") if owner else sys.modules[module]
+    return vars(holder)[name]
+
+
+def test_vllm_loads_the_plugin_by_itself() -> None:
+    """What happens in every process of vLLM, with nothing imported by hand."""
+    _python(
+        "from vllm.plugins import load_general_plugins; load_general_plugins(); "
+        "from sink_vllm.compat.changes import start_up_patches; "
+        "assert all(patch.is_applied for patch in start_up_patches())"
+    )
+
+
+def test_unpickling_options_loads_the_plugin() -> None:
+    """For processes that get a finished configuration and never load plugins themselves."""
+    from sink_vllm.compat.shipping import ShippedConfig
+
+    pickled = pickle.dumps(ShippedConfig(kv_policy="sink"))
+
+    _python(
+        f"import pickle, sys; config = pickle.loads({pickled!r}); "
+        "from sink_vllm.compat.changes import start_up_patches; "
+        "assert all(patch.is_applied for patch in start_up_patches()); "
+        "assert config == {'kv_policy': 'sink'}"
+    )
+
+
+def test_supported_versions_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (requirement,) = project["optional-dependencies"]["gpu"]
+
+    assert set(supported_versions().split(",")) == set(requirement[len("vllm") :].split(","))
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.5", "0.32.0+cpu", "0.32.1rc1"])
+def test_supported_vllm_is_accepted(found: str) -> None:
+    assert is_supported(found)
+
+
+@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0.0", "0.32.0rc1", "dev"])
+def test_other_vllm_is_refused_with_both_versions(found: str) -> None:
+    assert not is_supported(found)
+    assert f"--kv-policy sink needs vLLM {supported_versions()}, found vLLM {found};" in refusal_of(
+        found
+    )

@@ -1,0 +1,173 @@
+"""The table of refusals: every row, its sentence, its documentation.
+
+The rows are tested on facts; that facts are read correctly from real configurations is tested in
+tests/server/test_engine_args.py.
+"""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from sink_vllm.gate.check import check, markdown, reason
+from sink_vllm.gate.facts import Facts
+from sink_vllm.gate.refusals import (
+    FP8_KV_DTYPES,
+    KNOWN_ROPE_TYPES,
+    PLAIN_KV_DTYPES,
+    REFUSALS,
+    Refusal,
+)
+from tests.support.paths import DOCS
+
+# One case per row: the facts that make it apply, and the value its sentence must show.
+CASES: dict[str, tuple[Facts, str]] = {
+    "encoder-decoder": (
+        Facts(encoder_decoder=True, architecture="BartForConditionalGeneration"),
+        "BartForConditionalGeneration",
+    ),
+    "pooling": (Facts(runner="pooling"), "--runner pooling"),
+    "attention-free": (
+        Facts(attention_free=True, recurrent_layers=True, positions="other", architecture="Mamba"),
+        "Mamba",
+    ),
+    "bidirectional": (Facts(bidirectional=True), "LlamaForCausalLM"),
+    "diffusion": (Facts(diffusion=True), "LlamaForCausalLM"),
+    "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
+    "multimodal M-RoPE": (Facts(mrope=True, multimodal=True, architecture="Qwen2VL"), "Qwen2VL"),
+    "multimodal": (Facts(multimodal=True, architecture="Llava"), "Llava"),
+    "MLA": (
+        Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
+        "DeepseekV2ForCausalLM",
+    ),
+    "MLA without RoPE scaling": (
+        Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),
+        "DeepseekV3ForCausalLM",
+    ),
+    "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
+    "chunked attention": (
+        Facts(chunked_attention="attention_chunk_size=8192"),
+        "attention_chunk_size=8192",
+    ),
+    "unequal layers": (Facts(unequal_layers=True), "LlamaForCausalLM"),
+    "shared KV layers": (Facts(shared_kv_layers=10), "10"),
+    "learned absolute positions": (
+        Facts(positions="other", rope_types=(), architecture="GPT2LMHeadModel"),
+        "GPT2LMHeadModel",
+    ),
+    "RoPE scaling": (Facts(rope_types=("default", "dynamic")), "dynamic"),
+    "position-scaled attention": (
+        Facts(position_scaled_attention="llama_4_scaling_beta=0.1"),
+        "llama_4_scaling_beta=0.1",
+    ),
+    "prompt embeddings": (Facts(prompt_embeds=True), "--enable-prompt-embeds"),
+    "custom logits processors": (
+        Facts(custom_logits_processors="--logits-processors"),
+        "--logits-processors",
+    ),
+    "watermarking": (Facts(watermarking="gumbel"), "gumbel"),
+    "routed experts": (Facts(routed_experts=True), "--enable-return-routed-experts"),
+    "platform": (Facts(platform="xpu"), "xpu"),
+    "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),
+    "no chunked prefill": (Facts(chunked_prefill=False), "--no-enable-chunked-prefill"),
+    "quantised KV cache": (Facts(kv_cache_dtype="fp8_e5m2"), "fp8_e5m2"),
+    "fp8 KV cache on old CPUs": (
+        Facts(kv_cache_dtype="fp8_e4m3", cpu_has_fp8_kernels=False),
+        "fp8_e4m3",
+    ),
+    "speculative decoding": (Facts(speculative_method="ngram"), "ngram"),
+    "KV offloading": (
+        Facts(kv_offloading_gib=2.5, kv_connector="OffloadingConnector"),
+        "2.5 GiB",
+    ),
+    "KV connector": (Facts(kv_connector="LMCacheConnectorV1"), "LMCacheConnectorV1"),
+    "prefill context parallelism": (Facts(prefill_context_parallel=2), "2"),
+    "decode context parallelism": (Facts(decode_context_parallel=4), "4"),
+    "pipeline parallelism": (Facts(pipeline_parallel=2, v2_runner=True), "2"),
+    "legacy Ray executor": (
+        Facts(legacy_ray_executor=True),
+        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+    ),
+    "microbatching": (Facts(microbatching=True), "--enable-dbo"),
+    "KV sharing fast prefill": (Facts(kv_sharing_fast_prefill=True), "--kv-sharing-fast-prefill"),
+}
+
+
+def test_an_ordinary_start_is_accepted() -> None:
+    assert reason(Facts()) is None
+    check(Facts())
+
+
+@pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.name)
+def test_row_raises_its_sentence(row: Refusal) -> None:
+    facts, value = CASES[row.name]
+
+    with pytest.raises(ValueError, match="--kv-policy sink") as error:
+        check(facts)
+
+    sentence = str(error.value)
+    assert value in sentence
+    assert sentence.endswith(f"): {row.why}; {row.way_out}.")
+    assert (" yet (" in sentence) is not row.final
+
+
+def test_every_row_has_a_case_and_a_name_of_its_own() -> None:
+    names = [row.name for row in REFUSALS]
+
+    assert names == list(CASES)
+
+
+def test_every_fact_is_looked_at_by_some_row() -> None:
+    """A fact without a row is a refusal that somebody forgot."""
+    shown = {"architecture"}  # only names the model in the sentences
+    default = Facts()
+    changed = {
+        field.name
+        for facts, _ in CASES.values()
+        for field in dataclasses.fields(facts)
+        if getattr(facts, field.name) != getattr(default, field.name)
+    }
+
+    assert changed | shown == {field.name for field in dataclasses.fields(Facts)}
+
+
+@pytest.mark.parametrize("rope_type", KNOWN_ROPE_TYPES)
+def test_known_rope_scalings_are_accepted(rope_type: str) -> None:
+    assert reason(Facts(rope_types=(rope_type,))) is None
+
+
+def test_latent_attention_is_accepted_on_cpus() -> None:
+    """vLLM switches chunked prefill off for it."""
+    assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
+
+
+def test_alibi_is_accepted() -> None:
+    assert reason(Facts(positions="alibi", rope_types=())) is None
+
+
+@pytest.mark.parametrize("dtype", PLAIN_KV_DTYPES)
+def test_plain_kv_dtypes_are_accepted(dtype: str) -> None:
+    assert reason(Facts(kv_cache_dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", FP8_KV_DTYPES)
+def test_fp8_is_accepted_where_vllm_has_kernels(dtype: str) -> None:
+    assert reason(Facts(kv_cache_dtype=dtype)) is None
+    assert reason(Facts(kv_cache_dtype=dtype, platform="cuda", cpu_has_fp8_kernels=False)) is None
+
+
+def test_documentation_is_the_table() -> None:
+    """Regenerate with ``python -m sink_vllm.gate`` when this fails."""
+    assert markdown() in (DOCS / "limitations.md").read_text()
+
+
+def test_table_prints_without_torch_or_vllm() -> None:
+    code = (
+        "import runpy, sys; runpy.run_module('sink_vllm.gate', run_name='__main__'); "
+        "assert not {'torch', 'vllm'} & set(sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == markdown()

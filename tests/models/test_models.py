@@ -1,0 +1,140 @@
+"""Every model family streams exactly; the ones that cannot are refused; the docs say so.
+
+The judge is transformers' own code for the family (``tests.support.oracle_hf``). Families that
+differ from a tested one in nothing that matters to the cache are marked ``slow``.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from sink_vllm.gate.facts import model_facts
+from sink_vllm.gate.refusals import REFUSALS
+from tests.conftest import ModelFactory
+from tests.support.engine import Generated, Policy, check_all_free, running_engine
+from tests.support.families import FAMILIES
+from tests.support.family import Family, write_family
+from tests.support.judge import Verdict, judge, random_tokens
+from tests.support.models_table import EVICTIONS, markdown
+from tests.support.oracle import Oracle
+from tests.support.oracle_hf import HFOracle, classes_restored
+from tests.support.paths import DOCS
+from tests.support.refused_models import REFUSED, Refused
+from tests.support.tiny_models import LLAMA3_ROPE, TinyLlama
+
+POLICY = Policy(4, 28, 32)  # C = 64, tables of 256 rows
+PROMPTS = [random_tokens(length, length) for length in (5, 150)]
+NUM_TOKENS = 500
+
+
+def case_of(family: Family) -> Any:
+    marks = [pytest.mark.engine, *([] if family.quick else [pytest.mark.slow])]
+    return pytest.param(family, id=family.slug, marks=marks)
+
+
+@pytest.mark.parametrize("family", [case_of(family) for family in FAMILIES])
+def test_family_streams_exactly(
+    family: Family, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Through evictions and re-anchorings: the tokens and log-probabilities of transformers."""
+    folder = write_family(tmp_path, family)
+
+    with (
+        classes_restored(family.model_class),
+        running_engine(
+            folder, POLICY, max_num_batched_tokens=100, block_size=family.page
+        ) as engine,
+    ):
+        generated = engine.greedy(PROMPTS, NUM_TOKENS)
+        check_all_free(engine)
+        still = [not layer.rotation for layer in engine.runner.attention_layers]
+        model = type(engine.runner.get_model()).__name__
+
+    verdict = judge(HFOracle(folder), POLICY, PROMPTS, generated)
+    record_property("verdict", str(verdict))
+    print(family.name, verdict, [len(set(one.tokens)) for one in generated])
+    check(family, verdict, generated, model, still)
+
+
+def check(
+    family: Family,
+    verdict: Verdict,
+    generated: Sequence[Generated],
+    model: str,
+    still: Sequence[bool],
+) -> None:
+    """That streams have gone through what the table of models says.
+
+    Args:
+        family: row of the table.
+        verdict: the streams equal the judge's.
+        generated: the streams.
+        model: class of the model code that vLLM chose.
+        still: layer by layer: the self-test found that its keys do not depend on the position.
+    """
+    assert verdict.least_evictions >= EVICTIONS
+    assert model.startswith("Transformers") == (family.backend == "transformers")
+    if family.positions == "rope":
+        assert verdict.least_reanchorings >= 1
+        assert tuple(i for i, one in enumerate(still) if one) == family.still
+    else:
+        assert all(still)
+    assert len(verdict.ties) <= 3  # more would mean that the model is no good judge
+    assert min(len(set(one.tokens)) for one in generated) >= 10  # and so would a loop
+
+
+@pytest.mark.parametrize("rope", [None, LLAMA3_ROPE], ids=["default", "llama3"])
+def test_oracles_agree_on_llama(tiny_llama: ModelFactory, rope: dict[str, float | str]) -> None:
+    """The judge of the families is the judge of everything else, where both know the model."""
+    folder = tiny_llama(TinyLlama(heads=4, kv_heads=2, layers=2, max_positions=128, rope=rope))
+
+    known = Oracle(folder).run(PROMPTS, 4, 20, 16, 80)
+    generic = HFOracle(folder).run(PROMPTS, 4, 20, 16, 80)
+
+    for one, other in zip(known, generic, strict=True):
+        assert one.evictions == other.evictions >= 2
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+
+
+@pytest.mark.slow  # vLLM looks at each model class in a process of its own
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda one: one.name)
+def test_refused_models_are_refused(refused: Refused, tmp_path: Path) -> None:
+    """The gate reads the reason from the configuration that transformers makes of the family."""
+    from vllm.config import ModelConfig
+
+    from sink_vllm.gate.facts import Facts
+
+    if refused.needs is not None:
+        pytest.importorskip(refused.needs, reason="vLLM's model class needs it")
+    config = getattr(transformers, refused.config)(**refused.settings)
+    config.architectures = [_architecture(refused.config)]
+    config.save_pretrained(tmp_path)
+    assert "architectures" in json.loads((tmp_path / "config.json").read_text())
+
+    facts = Facts(**model_facts(ModelConfig(str(tmp_path), skip_tokenizer_init=True)))
+
+    applied = [row.name for row in REFUSALS if row.reason(facts) is not None]
+    assert applied[:1] == [refused.row]
+
+
+def _architecture(config: str) -> str:
+    """Name of the generative model class of a configuration."""
+    names = {
+        "WhisperConfig": "WhisperForConditionalGeneration",
+        "GPT2Config": "GPT2LMHeadModel",
+        "LlavaConfig": "LlavaForConditionalGeneration",
+        "Qwen2VLConfig": "Qwen2VLForConditionalGeneration",
+        "Gemma3TextConfig": "Gemma3ForCausalLM",
+        "Llama4TextConfig": "Llama4ForCausalLM",
+    }
+    return names.get(config) or config.replace("Config", "ForCausalLM")
+
+
+def test_documentation_is_the_table() -> None:
+    """Regenerate with ``python -m tests.support.models_table > docs/models.md`` when this fails."""
+    assert (DOCS / "models.md").read_text() == markdown()

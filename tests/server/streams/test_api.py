@@ -1,0 +1,629 @@
+"""``/v1/streams`` of a real ``vllm serve``: what is sent, what comes back, what it costs."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from examples.serving import Metrics, Server
+from sink_vllm.policy.schedule import Schedule
+from tests.support.serving import CAPACITY, FLAGS, MODEL, SCHEDULE, prompt_of
+from tests.support.tiny_models import TinyLlama, write_tiny_lora
+
+pytestmark = pytest.mark.server
+
+BLOCK = 32
+KEY, OTHER_KEY = "a-key", "another-key"
+MOST_STREAMS = 6
+MOST_TOKENS = 3000
+MOST_NEW = 400
+"""Server-wide limit of one generation."""
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+class _Api:
+    """The routes, with the server's key."""
+
+    def __init__(self, url: str, key: str = KEY) -> None:
+        self.url = url
+        self.http = httpx.Client(
+            base_url=url, timeout=300, headers={"Authorization": f"Bearer {key}"}
+        )
+
+    def call(self, method: str, path: str, status: int, body: Any = None) -> dict[str, Any]:
+        answer = self.http.request(method, path, json=body)
+        assert answer.status_code == status, answer.text
+        parsed: dict[str, Any] = answer.json()
+        return parsed
+
+    def error(self, method: str, path: str, status: int, body: Any = None) -> str:
+        """The message of an error, which has vLLM's form."""
+        error = self.call(method, path, status, body)["error"]
+        assert error["code"] == status
+        message: str = error["message"]
+        return message
+
+    def create(self, **body: Any) -> str:
+        stream_id: str = self.call("POST", "/v1/streams", 201, body)["id"]
+        return stream_id
+
+    def append(self, stream_id: str, **body: Any) -> dict[str, Any]:
+        return self.call("POST", f"/v1/streams/{stream_id}/append", 200, body)
+
+    def generate(self, stream_id: str, max_tokens: int, **body: Any) -> dict[str, Any]:
+        generate = {**GREEDY, "max_tokens": max_tokens}
+        return self.append(stream_id, generate=generate, return_token_ids=True, **body)
+
+    def get(self, stream_id: str) -> dict[str, Any]:
+        return self.call("GET", f"/v1/streams/{stream_id}", 200)
+
+    def delete(self, stream_id: str) -> None:
+        answer = self.call("DELETE", f"/v1/streams/{stream_id}", 200)
+        assert answer == {"id": stream_id, "object": "stream.deleted", "deleted": True}
+
+    def events(self, stream_id: str, **body: Any) -> Iterator[dict[str, Any] | None]:
+        """Parsed events; ``None`` for ``[DONE]``. Closing the iterator disconnects."""
+        path = f"/v1/streams/{stream_id}/append"
+        with self.http.stream("POST", path, json={"stream": True, **body}) as answer:
+            assert answer.status_code == 200, answer.read()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            for line in answer.iter_lines():
+                if line == "data: [DONE]":
+                    yield None
+                elif line:
+                    yield json.loads(line.removeprefix("data: "))
+
+    def gauge(self, name: str) -> float:
+        return Metrics.read(self.url).total(f"sink_vllm:{name}")
+
+    def complete(
+        self, tokens: list[int], max_tokens: int, model: str = MODEL, **xargs: Any
+    ) -> list[int]:
+        """The same over the plain API, as one prompt that no page is cached of."""
+        body = {
+            "model": model,
+            "prompt": tokens,
+            "max_tokens": max_tokens,
+            "return_token_ids": True,
+            "cache_salt": f"{hash(tuple(tokens))}",
+            "vllm_xargs": xargs,
+            **GREEDY,
+        }
+        (choice,) = self.call("POST", "/v1/completions", 200, body)["choices"]
+        found: list[int] = choice["token_ids"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def api(tiny_llama: Callable[[TinyLlama], Path]) -> Iterator[_Api]:
+    arguments = [str(tiny_llama(TinyLlama())), "--served-model-name", MODEL]
+    arguments += ["--api-key", KEY, OTHER_KEY, "--enable-lora"]
+    arguments += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)]
+    arguments += ["--max-num-seqs", "8", "--num-gpu-blocks-override", "96", *FLAGS]
+    arguments += ["--sink-streams", f"{MOST_STREAMS}", "--sink-streams-tokens", f"{MOST_TOKENS}"]
+    arguments += ["--override-generation-config", json.dumps({"max_new_tokens": MOST_NEW})]
+    arguments += ["--enable-prompt-tokens-details"]
+    environment = {"VLLM_PLUGINS": "sink_vllm", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with Server(arguments, environment) as server:
+        server.wait(lambda _seconds: None)
+        yield _Api(server.url)
+
+
+def _message(content: str, role: str = "user") -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _bytes(text: str) -> list[int]:
+    """Token ids of the tiny model's tokenizer, whose vocabulary is the sorted byte alphabet."""
+    from tests.support.tiny_models import _tokenizer
+
+    tokens: list[int] = _tokenizer()(text, add_special_tokens=False)["input_ids"]
+    return tokens
+
+
+# -- what an append does ------------------------------------------------------------------------
+
+
+def test_deltas_are_one_uninterrupted_stream(api: _Api) -> None:
+    """Only what is new is sent and computed; the tokens are those of the whole as one prompt."""
+    stream_id = api.create()
+    whole: list[int] = []
+    for turn in range(12):
+        new = prompt_of(40 + turn, salt=2 * turn + 5)
+        answer = api.generate(stream_id, 10, tokens=new)
+        prompt = [*whole, *new]
+
+        assert answer["token_ids"] == api.complete(prompt, 10), turn
+        usage, stream = answer["usage"], answer["stream"]
+        assert usage["appended_tokens"] == len(new)
+        assert usage["generated_tokens"] == 10
+        assert usage["cached_tokens"] + usage["computed_tokens"] == len(prompt)
+        if turn:
+            # The last output and the rest of a page; before the first resume a page more.
+            rest = BLOCK if len(whole) > CAPACITY + BLOCK else 2 * BLOCK
+            assert len(new) <= usage["computed_tokens"] <= len(new) + rest
+        whole = [*prompt, *answer["token_ids"]]
+        assert stream["position"] == len(whole)
+        assert stream["evicted"] == SCHEDULE.evicted(len(whole) - 1)
+        assert stream["cached"] == len(whole) - stream["evicted"] <= CAPACITY + 1
+        assert stream["turns"] == turn + 1
+    assert len(whole) > 4 * CAPACITY
+    assert api.get(stream_id)["position"] == len(whole)
+    api.delete(stream_id)
+
+
+def test_content_without_generation_is_computed(api: _Api) -> None:
+    stream_id = api.create()
+    new = prompt_of(200, salt=9)
+
+    answer = api.append(stream_id, tokens=new)
+
+    assert answer["text"] is answer["token_ids"] is answer["finish_reason"] is None
+    assert answer["usage"]["generated_tokens"] == 0
+    assert answer["stream"]["position"] == 200
+    after = api.generate(stream_id, 8, tokens=[70])
+    assert after["usage"]["computed_tokens"] <= BLOCK
+    assert after["token_ids"] == api.complete([*new, 70], 8)
+    api.delete(stream_id)
+
+
+def test_generation_goes_on_without_content(api: _Api) -> None:
+    stream_id = api.create(tokens=prompt_of(50, salt=11))
+
+    parts = [token for _ in range(3) for token in api.generate(stream_id, 5)["token_ids"]]
+
+    assert parts == api.complete(prompt_of(50, salt=11), 15)
+    api.delete(stream_id)
+
+
+def test_messages_are_what_the_chat_template_makes_of_the_whole(api: _Api) -> None:
+    """The tiny model's format: ``<role>content\\n`` and ``<assistant>``."""
+    stream_id = api.create(system="Be short.", messages=[_message("Hello")])
+    assert api.get(stream_id)["pending_messages"] == 2
+    assert api.get(stream_id)["position"] == 0
+
+    first = api.generate(stream_id, 6)
+    start = "<system>Be short.\n<user>Hello\n<assistant>"
+    assert first["usage"]["appended_tokens"] == len(start)
+    assert first["token_ids"] == api.complete(_bytes(start), 6)
+    second = api.generate(stream_id, 6, messages=[_message("And?"), _message("Why?")])
+    more = "\n<user>And?\n<user>Why?\n<assistant>"
+    whole = [*_bytes(start), *first["token_ids"], *_bytes(more)]
+    assert second["usage"]["appended_tokens"] == len(more)
+    assert second["token_ids"] == api.complete(whole, 6)
+    assert api.get(stream_id)["pending_messages"] == 0
+    api.delete(stream_id)
+
+
+def test_messages_without_generation_close_their_turn(api: _Api) -> None:
+    stream_id = api.create()
+    parts = ["<user>One\n", "<assistant>Two\n<user>Three\n", "<assistant>"]
+
+    api.append(stream_id, messages=[_message("One")])
+    api.append(stream_id, messages=[_message("Two", "assistant"), _message("Three")])
+    answer = api.generate(stream_id, 6)
+
+    assert answer["usage"]["appended_tokens"] == len(parts[-1])
+    assert answer["token_ids"] == api.complete(_bytes("".join(parts)), 6)
+    api.delete(stream_id)
+
+
+def test_text_is_appended_as_it_is(api: _Api) -> None:
+    stream_id = api.create(text="Once ")
+    answer = api.generate(stream_id, 6, text="upon a time")
+
+    assert answer["token_ids"] == api.complete(_bytes("Once upon a time"), 6)
+    api.delete(stream_id)
+
+
+def test_events(api: _Api) -> None:
+    stream_id = api.create(tokens=prompt_of(60, salt=13))
+    one = api.generate(stream_id, 20)
+    api.delete(stream_id)
+    stream_id = api.create(tokens=prompt_of(60, salt=13))
+
+    generate = {**GREEDY, "max_tokens": 20}
+    *deltas, account, done = api.events(stream_id, generate=generate, return_token_ids=True)
+
+    assert done is None
+    assert account is not None
+    assert {delta["object"] for delta in deltas if delta} == {"stream.delta"}
+    assert "".join(delta["text"] for delta in deltas if delta) == one["text"]
+    assert account["token_ids"] == one["token_ids"]
+    assert account["object"] == "stream.append"
+    assert account["text"] is None
+    assert account["finish_reason"] == "length"
+    assert account["stream"]["busy"] is False
+    api.delete(stream_id)
+
+
+def test_leaving_an_event_stream_keeps_what_was_read(api: _Api) -> None:
+    """The stream is free again, and goes on where the client left it."""
+    stream_id = api.create(tokens=prompt_of(60, salt=15))
+    events = api.events(stream_id, generate={**GREEDY, "max_tokens": 2500})
+    for _, _event in zip(range(5), events, strict=False):
+        pass
+    assert "appending" in api.error(
+        "POST", f"/v1/streams/{stream_id}/append", 409, {"generate": {}}
+    )
+    assert "appending" in api.error("DELETE", f"/v1/streams/{stream_id}", 409)
+    assert api.get(stream_id)["busy"]
+    events.close()  # type: ignore[attr-defined]
+
+    for _ in range(200):
+        info = api.get(stream_id)
+        if not info["busy"]:
+            break
+        threading.Event().wait(0.05)
+    assert not info["busy"]
+    assert 60 + 5 <= info["position"] < 3000
+    assert api.generate(stream_id, 3)["stream"]["position"] == info["position"] + 3
+    api.delete(stream_id)
+
+
+# -- options ------------------------------------------------------------------------------------
+
+
+def test_options_of_a_stream(api: _Api) -> None:
+    stream_id = api.create(sink_tokens=20, sink_window=40)
+    schedule = Schedule(sink_tokens=20, window=40, stride=32)
+    new = prompt_of(300, salt=17)
+
+    answer = api.generate(stream_id, 8, tokens=new)
+
+    assert answer["token_ids"] == api.complete(new, 8, sink_tokens=20, sink_window=40)
+    stream = answer["stream"]
+    assert (stream["sink_tokens"], stream["sink_window"], stream["capacity"]) == (20, 40, 92)
+    assert stream["evicted"] == schedule.evicted(307)
+    api.delete(stream_id)
+
+
+def test_a_pinned_system_prompt(api: _Api) -> None:
+    system = "You answer in one word. " * 2
+    stream_id = api.create(system=system, sink_pin="system")
+
+    answer = api.generate(stream_id, 4, messages=[_message("word " * 30)])
+
+    end = len(f"<system>{system}\n")
+    assert answer["stream"]["sink_tokens"] == end
+    assert answer["stream"]["evicted"] > 0
+    api.delete(stream_id)
+    stream_id = api.create(system="x" * 100, sink_pin="system")
+    message = api.error(
+        "POST", f"/v1/streams/{stream_id}/append", 400, {"messages": [_message("a")]}
+    )
+    assert "first 109 tokens" in message
+    assert "has room for 64" in message
+    assert api.get(stream_id)["pending_messages"] == 1  # as it was
+    api.delete(stream_id)
+
+
+def test_a_full_stream_ends_at_the_capacity(api: _Api) -> None:
+    stream_id = api.create(kv_policy="full", tokens=prompt_of(100, salt=19))
+
+    assert api.append(stream_id, generate=GREEDY)["usage"]["generated_tokens"] == CAPACITY - 100
+    message = api.error(
+        "POST", f"/v1/streams/{stream_id}/append", 400, {"tokens": [1], "generate": GREEDY}
+    )
+    assert "kv_policy='full'" in message
+    assert api.get(stream_id)["position"] == CAPACITY
+    api.delete(stream_id)
+
+
+# -- limits -------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_stream_is_forgotten(api: _Api) -> None:
+    ids = [api.create(tokens=[65 + n]) for n in range(MOST_STREAMS)]
+    api.append(ids[0], tokens=[70])
+    newest = api.create()
+
+    assert "create a stream" in api.error("GET", f"/v1/streams/{ids[1]}", 404)
+    assert api.get(ids[0])["position"] == 2
+    for stream_id in (ids[0], *ids[2:], newest):
+        api.delete(stream_id)
+
+
+def test_a_forgotten_stream_comes_back_by_resending(api: _Api) -> None:
+    stream_id = api.create(tokens=prompt_of(400, salt=21))
+    first = api.generate(stream_id, 8)
+    api.delete(stream_id)
+
+    tokens = [*prompt_of(400, salt=21), *first["token_ids"]]
+    stream_id = api.create(tokens=tokens)
+    again = api.generate(stream_id, 8, tokens=[70])
+
+    assert again["usage"]["computed_tokens"] <= 9 + BLOCK
+    assert again["token_ids"] == api.complete([*tokens, 70], 8)
+    api.delete(stream_id)
+
+
+def test_tokens_of_all_streams_are_bounded(api: _Api) -> None:
+    ids = [api.create(tokens=[65] * 1400) for _ in range(2)]
+    third = api.create(tokens=[65] * 1400)
+
+    assert "no longer" in api.error("GET", f"/v1/streams/{ids[0]}", 404)
+    assert api.gauge("stored_stream_tokens") == 2800
+    for stream_id in (ids[1], third):
+        api.delete(stream_id)
+    stream_id = api.create(tokens=[65] * (MOST_TOKENS - 100))
+    body = {"tokens": [65], "generate": {"max_tokens": 100}}
+    path = f"/v1/streams/{stream_id}/append"
+    assert f"more than the {MOST_TOKENS} tokens" in api.error("POST", path, 400, body)
+    answer = api.append(stream_id, tokens=[65], generate=GREEDY)  # what there is room for
+    assert answer["usage"]["generated_tokens"] == 99
+    api.delete(stream_id)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"tokens": [65] * MOST_TOKENS},
+        {"text": "a" * MOST_TOKENS},
+        {"system": "a" * 4 * MOST_TOKENS},
+        {"messages": [_message("a" * 2 * MOST_TOKENS)] * 2},
+    ],
+    ids=["tokens", "text", "system", "messages"],
+)
+def test_a_stream_nothing_fits_behind_is_refused_at_once(
+    api: _Api, content: dict[str, Any]
+) -> None:
+    stream_id = api.create(tokens=[65] * 100)
+
+    message = api.error("POST", "/v1/streams", 400, content)
+
+    assert f"--sink-streams-tokens={MOST_TOKENS}" in message
+    assert "send less" in message
+    assert api.get(stream_id)["position"] == 100  # it has cost nobody anything
+    api.delete(stream_id)
+
+
+def test_waiting_messages_take_room(api: _Api) -> None:
+    ids = [api.create(messages=[_message("a" * 8000)]) for _ in range(2)]
+
+    assert "no longer" in api.error("GET", f"/v1/streams/{ids[0]}", 404)
+    assert api.gauge("stored_stream_tokens") == 8000 / 4 + 64
+    api.delete(ids[1])
+
+
+def test_a_client_does_not_push_out_another(api: _Api) -> None:
+    other = _Api(api.url, OTHER_KEY)
+    theirs = [other.create(tokens=[65 + n]) for n in range(MOST_STREAMS // 2)]
+
+    mine = [api.create() for _ in range(3 * MOST_STREAMS)]
+
+    assert all(other.get(stream_id)["position"] == 1 for stream_id in theirs)
+    for stream_id in (*theirs, *mine[-MOST_STREAMS // 2 :]):
+        api.delete(stream_id)
+    assert api.gauge("stored_streams") == 0
+
+
+def test_streams_in_use_do_not_lock_out_another_client(api: _Api) -> None:
+    ids = [api.create(tokens=[65 + n]) for n in range(MOST_STREAMS)]
+    turns = [api.events(stream_id, generate=GREEDY) for stream_id in ids]
+    for turn in turns:
+        next(turn)
+    assert api.gauge("stored_streams_in_use") == MOST_STREAMS
+
+    refused = api.http.post("/v1/streams", json={})
+    other = _Api(api.url, OTHER_KEY)
+    theirs = other.create(tokens=[65])
+
+    assert refused.status_code == 429
+    assert refused.headers["Retry-After"] == "1"
+    assert f"--sink-streams={MOST_STREAMS}" in refused.json()["error"]["message"]
+    assert other.generate(theirs, 2)["usage"]["generated_tokens"] == 2
+    for turn in turns:
+        turn.close()  # type: ignore[attr-defined]
+    other.delete(theirs)
+    for stream_id in ids:
+        for _ in range(200):
+            answer = api.http.delete(f"/v1/streams/{stream_id}")
+            if answer.status_code != 409:
+                break
+            threading.Event().wait(0.05)
+        assert answer.status_code in (200, 404)
+
+
+# -- what the server says about all requests ------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [{}, {"max_tokens": 2 * MOST_NEW}])
+def test_the_servers_limit_of_a_generation(api: _Api, given: dict[str, int]) -> None:
+    """``max_new_tokens`` of ``--override-generation-config``: it used to be ignored here."""
+    prompt = prompt_of(40, salt=23)
+    stream_id = api.create(tokens=prompt)
+
+    answer = api.append(stream_id, generate={**GREEDY, **given}, return_token_ids=True)
+
+    assert answer["usage"]["generated_tokens"] == MOST_NEW
+    assert answer["finish_reason"] == "length"
+    assert answer["token_ids"] == api.complete(prompt, 2 * MOST_NEW)
+    api.delete(stream_id)
+
+
+def test_an_adapter_that_is_unloaded_between_turns(
+    api: _Api, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The stream used to go on with the base model, and nobody was told."""
+    folder = write_tiny_lora(tmp_path_factory.mktemp("lora"), TinyLlama())
+    adapter = {"lora_name": "adapter", "lora_path": str(folder)}
+    api.http.post("/v1/load_lora_adapter", json=adapter).raise_for_status()
+    prompt = prompt_of(150, salt=25)
+    stream_id = api.create(model="adapter", tokens=prompt)
+    first = api.generate(stream_id, 8)["token_ids"]
+    assert first == api.complete(prompt, 8, "adapter")
+    assert first != api.complete(prompt, 8)
+    before = api.get(stream_id)
+
+    api.http.post("/v1/unload_lora_adapter", json=adapter).raise_for_status()
+    path, body = f"/v1/streams/{stream_id}/append", {"tokens": [65], "generate": GREEDY}
+    gone = api.call("POST", path, 404, body)
+    assert gone == api.call("POST", "/v1/completions", 404, {"model": "adapter", "prompt": [65]})
+    assert gone == api.call("POST", path, 404, {**body, "stream": True})
+    assert gone == api.call("POST", "/v1/streams", 404, {"model": "adapter"})
+    after = api.get(stream_id)
+    for name in ("position", "turns", "busy", "model"):
+        assert after[name] == before[name]
+
+    api.http.post("/v1/load_lora_adapter", json=adapter).raise_for_status()
+    again = api.generate(stream_id, 8, tokens=[65])["token_ids"]
+    assert again == api.complete([*prompt, *first, 65], 8, "adapter")
+    api.delete(stream_id)
+    api.http.post("/v1/unload_lora_adapter", json=adapter).raise_for_status()
+
+
+# -- errors -------------------------------------------------------------------------------------
+
+
+def test_unknown_streams(api: _Api) -> None:
+    for method, path, body in (
+        ("GET", "/v1/streams/nobody", None),
+        ("DELETE", "/v1/streams/nobody", None),
+        ("POST", "/v1/streams/nobody/append", {"text": "a"}),
+    ):
+        assert "no stream 'nobody'" in api.error(method, path, 404, body)
+
+
+def test_unknown_model(api: _Api) -> None:
+    assert "The model `other` does not exist" in api.error(
+        "POST", "/v1/streams", 404, {"model": "other"}
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/streams", "/v1/streams/x/append", "/v1/streams/x"])
+def test_the_key_is_asked_for(api: _Api, path: str) -> None:
+    for method in ("POST", "GET", "DELETE"):
+        assert httpx.request(method, api.url + path, json={}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"text": "a", "tokens": [1]}, "text and tokens exclude each other"),
+        ({"system": "a", "text": "b"}, "system needs chat messages"),
+        ({"sink_tokens": 65}, "use 64 or fewer"),
+        ({"sink_tokens": 2**40}, "sink_tokens"),
+        ({"sink_window": 93}, "larger than the server's window"),
+        ({"kv_policy": "full", "sink_tokens": 1}, "contradicts"),
+        ({"sink_pin": "system"}, "needs the system prompt"),
+        ({"sink_pins": "system"}, "sink_pins"),
+        ({"tokens": [300]}, "300"),
+        ({"tokens": [-1]}, "tokens"),
+        ({"tokens": []}, "tokens"),
+        ({"text": ""}, "text"),
+        ({"cache_salt": "a" * 129}, "cache_salt"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "role"),
+    ],
+)
+def test_streams_that_are_refused(api: _Api, body: dict[str, Any], says: str) -> None:
+    assert says in api.error("POST", "/v1/streams", 400, body)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "nothing to append"),
+        ({"stream": True}, "nothing to append"),
+        ({"tokens": [10**6]}, "1000000"),
+        ({"tokens": [10**6], "stream": True, "generate": {}}, "1000000"),
+        ({"text": "a", "generate": {"max_tokens": 0}}, "max_tokens"),
+        ({"text": "a", "generate": {"max_tokens": 5, "min_tokens": 6}}, "min_tokens"),
+        ({"text": "a", "generate": {"temperature": "hot"}}, "temperature"),
+        ({"text": "a", "generate": {"beams": 2}}, "beams"),
+        ({"text": "a", "generate": {"stop": [""]}}, "stop"),
+    ],
+)
+def test_appends_that_are_refused(api: _Api, body: dict[str, Any], says: str) -> None:
+    """The stream stays as it was, and usable."""
+    stream_id = api.create(tokens=[65, 66])
+    before = api.get(stream_id)
+
+    assert says in api.error("POST", f"/v1/streams/{stream_id}/append", 400, body)
+
+    after = api.get(stream_id)
+    for name in ("position", "turns", "busy", "sink_tokens"):
+        assert after[name] == before[name]
+    assert api.generate(stream_id, 2)["token_ids"] == api.complete([65, 66], 2)
+    api.delete(stream_id)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"null", b"[]", b"{", b'{"text": "\\ud800"}', b'{"tokens": [1e400]}', b"\xff"]
+)
+def test_bodies_that_are_not_requests(api: _Api, raw: bytes) -> None:
+    for path in ("/v1/streams", "/v1/streams/x/append"):
+        answer = api.http.post(path, content=raw, headers={"Content-Type": "application/json"})
+
+        assert answer.status_code == 400, answer.text
+
+
+def test_schema(api: _Api) -> None:
+    """Every route with its bodies, and every status the tests of this file have seen."""
+    schema = api.call("GET", "/openapi.json", 200)
+    paths = {path: routes for path, routes in schema["paths"].items() if "/streams" in path}
+
+    assert {(path, method) for path, routes in paths.items() for method in routes} == {
+        ("/v1/streams", "post"),
+        ("/v1/streams/{stream_id}", "get"),
+        ("/v1/streams/{stream_id}", "delete"),
+        ("/v1/streams/{stream_id}/append", "post"),
+    }
+    append = paths["/v1/streams/{stream_id}/append"]["post"]
+    assert {"200", "400", "401", "404", "409", "429"} <= set(append["responses"])
+    assert set(append["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    models = schema["components"]["schemas"]
+    for name in ("CreateStream", "Append", "Generate", "StreamInfo", "Appended", "AppendUsage"):
+        fields = models[name]["properties"].items()
+        missing = [field for field, said in fields if not ({"description", "$ref"} & set(said))]
+        assert set(missing) <= {"id", "object"}, name
+
+
+# -- options of one request, over the plain API -------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_refused_options_are_a_400_in_streams_too(api: _Api, path: str, stream: bool) -> None:
+    content: dict[str, Any] = {"prompt": [65] * 130}
+    if "chat" in path:
+        content = {"messages": [_message("x" * 130)]}
+    for xargs, says in (
+        ({"sink_tokens": 65}, "use 64 or fewer"),
+        ({"kv_policy": "full"}, "128 tokens"),
+        ({"sink_windows": 3}, "sink_windows"),
+    ):
+        body = {"model": MODEL, "max_tokens": 5, "stream": stream, "vllm_xargs": xargs, **content}
+        assert says in api.error("POST", path, 400, body)
+
+
+def test_a_chat_pins_its_system_message(api: _Api) -> None:
+    """Over the plain API: the pinned tokens are sinks, whatever is asked after them."""
+    system = "You answer in one word."
+    chat = [_message(system, "system"), _message("word " * 60)]
+    body = {
+        "model": MODEL,
+        "messages": chat,
+        "max_tokens": 6,
+        "vllm_xargs": {"sink_pin": "system"},
+        "return_token_ids": True,
+        **GREEDY,
+    }
+    (choice,) = api.call("POST", "/v1/chat/completions", 200, body)["choices"]
+
+    end = len(f"<system>{system}\n")
+    text = f"<system>{system}\n<user>{'word ' * 60}\n<assistant>"
+    assert choice["token_ids"] == api.complete(_bytes(text), 6, sink_tokens=end)
+    assert choice["token_ids"] != api.complete(_bytes(text), 6)
+
+
+def test_stream_lengths_are_counted(api: _Api) -> None:
+    text = httpx.get(f"{api.url}/metrics").text
+    buckets = [line for line in text.splitlines() if line.startswith("sink_vllm:stream_tokens_b")]
+    assert buckets
+    count = next(line for line in text.splitlines() if line.startswith("sink_vllm:stream_tokens_c"))
+    assert float(count.rsplit(" ", 1)[1]) > 0

@@ -1,0 +1,367 @@
+"""A turn gives its stream back however it ends: finished, failed, left, cancelled once or twice."""
+
+import asyncio
+import gc
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, cast
+
+import pytest
+from vllm import SamplingParams
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.exceptions import GenerationError, RetryableRequestError, VLLMError, VLLMServerError
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.schedule import Schedule
+from sink_vllm.server.streams.bodies import Append, Generate
+from sink_vllm.server.streams.routes import _TurnResponse
+from sink_vllm.server.streams.service import StreamService
+from sink_vllm.server.streams.store import StoredStream, StreamStore, UnknownStream
+from sink_vllm.server.streams.turn import Turn
+
+SCHEDULE = Schedule(sink_tokens=4, window=92, stride=32)
+NEW = [1, 2, 3]
+
+
+class _Engine:
+    """The engine's side of one request: what it outputs, and whether it has been told to stop."""
+
+    def __init__(self, *reasons: str | None) -> None:
+        """
+        Args:
+            reasons: finish reasons of the outputs, of one token each; ``None`` goes on. After
+                the last one it waits for ever.
+        """
+        self.reasons = reasons
+        self.waiting = asyncio.Event()
+        self.stopped = asyncio.Event()
+
+    async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        try:
+            for token, reason in enumerate(self.reasons):
+                completion = CompletionOutput(
+                    0, f"{token} ", [token], None, None, finish_reason=reason
+                )
+                yield RequestOutput("r", None, NEW, None, [completion], reason is not None)
+                if reason is not None:
+                    return
+            self.waiting.set()
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(5):  # as an abort that is on its way to the engine
+                await asyncio.sleep(0.01)
+            self.stopped.set()
+
+
+class _Service:
+    """What a turn asks of its service, without a model."""
+
+    policy = SinkConfig(schedule=SCHEDULE, block_size=32)
+    info = StreamService.info
+
+    def __init__(self, engine: _Engine, error: Exception | None = None) -> None:
+        self.store = StreamStore(most_streams=4, most_tokens=1000, idle_seconds=60)
+        self.engine, self.error = engine, error
+
+    async def check_model(self, model: str) -> None: ...
+
+    def check_engine(self) -> None: ...
+
+    async def new_tokens(self, stream: StoredStream, request: Append) -> list[int]:
+        stream.options, stream.schedule = {"sink_tokens": 9}, None  # as rendering a pin does
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        return list(NEW)
+
+    def params(self, *_: Any) -> SamplingParams:
+        return SamplingParams()
+
+    async def outputs(self, *_: Any) -> AsyncGenerator[RequestOutput, None]:
+        return self.engine.outputs()
+
+    def raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
+        GenerateBaseServing._raise_if_error(cast(Any, self), finish_reason, request_id)
+
+    def stream(self) -> StoredStream:
+        return self.store.create("client", "m", SCHEDULE, {}, tokens=[7, 8])
+
+    async def append(self, stream: StoredStream, request: Append) -> Turn:
+        return await StreamService.append(cast(Any, self), stream.id, request)
+
+
+def _request(**body: Any) -> Append:
+    return Append(text="abc", generate=Generate(), **body)
+
+
+def _as_it_was(stream: StoredStream) -> bool:
+    return (list(stream.tokens), stream.turns, stream.options, stream.schedule) == (
+        [7, 8],
+        0,
+        {},
+        SCHEDULE,
+    )
+
+
+def _run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(cast(Any, test()), 30))
+
+
+async def _respond(turn: Turn, request: Append, events: list[str], after: int = -1) -> None:
+    """Send a turn as events; the client leaves after so many of them."""
+    response = _TurnResponse(turn, request, 0)
+    left = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if body := message.get("body"):
+            events.append(body.decode())
+        if len(events) == after:
+            left.set()
+            await asyncio.sleep(0)
+
+    await response({"type": "http", "asgi": {"spec_version": "2.0"}}, receive, send)
+
+
+def _parsed(events: list[str]) -> list[dict[str, Any]]:
+    assert events[-1] == "data: [DONE]\n\n"
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+
+
+def test_a_finished_turn_changes_its_stream() -> None:
+    async def test() -> None:
+        service = _Service(_Engine(None, None, "stop"))
+        stream, events = service.stream(), list[str]()
+        request = _request(stream=True)
+        await _respond(await service.append(stream, request), request, events)
+
+        *deltas, account = _parsed(events)
+        assert [delta["text"] for delta in deltas] == ["0 ", "1 ", "2 "]
+        assert account["finish_reason"] == "stop"
+        assert account["stream"]["busy"] is False
+        assert list(stream.tokens) == [7, 8, *NEW, 0, 1, 2]
+        assert stream.options == {"sink_tokens": 9}
+
+    _run(test)
+
+
+# -- cancelled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cancels", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["single answer", "events"])
+def test_a_turn_that_is_cancelled_again_while_it_closes(kind: str, cancels: int) -> None:
+    """The second cancellation used to leave the stream in use for ever."""
+
+    async def test() -> None:
+        engine = _Engine(None, None)
+        service = _Service(engine)
+        stream, events = service.stream(), list[str]()
+        request = _request(stream=kind == "events")
+
+        async def run() -> None:
+            turn = await service.append(stream, request)
+            if request.stream:
+                await _respond(turn, request, events)
+                return
+            try:
+                async for _ in turn.deltas():
+                    pass
+            finally:
+                await turn.close()
+
+        task = asyncio.create_task(run())
+        await engine.waiting.wait()
+        for _ in range(cancels):
+            task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        assert not stream.busy
+        service.store.release(service.store.acquire(stream.id))
+        if request.stream:  # somebody has read it
+            assert list(stream.tokens) == [7, 8, *NEW, 0, 1]
+        else:
+            assert _as_it_was(stream)
+
+    _run(test)
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_the_engine_is_told_to_stop_all_the_same(cancels: int) -> None:
+    """Closing goes on when nobody waits for it any more."""
+
+    async def test() -> None:
+        engine = _Engine(None, None)
+        service = _Service(engine)
+        stream = service.stream()
+        turn = await service.append(stream, _request())
+        closing = asyncio.create_task(turn.close())
+        await asyncio.sleep(0)
+        assert not stream.busy  # before the engine has let go of it
+        for _ in range(cancels):
+            closing.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert not engine.stopped.is_set()
+        await engine.stopped.wait()
+
+    _run(test)
+
+
+@pytest.mark.parametrize("steps", range(4))
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_a_turn_that_is_cancelled_while_it_starts(steps: int, cancels: int) -> None:
+    async def test() -> None:
+        service = _Service(_Engine())  # no output ever
+        stream = service.stream()
+        task = asyncio.create_task(service.append(stream, _request()))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for _ in range(cancels):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not stream.busy
+        assert _as_it_was(stream)
+
+    _run(test)
+
+
+def test_a_turn_that_is_lost() -> None:
+    """Its response was never sent: a middleware has failed, or was cancelled before."""
+
+    async def test() -> None:
+        service = _Service(_Engine(None))
+        stream = service.stream()
+        response = _TurnResponse(await service.append(stream, _request()), _request(), 0)
+        assert service.store.in_use == 1
+        del response
+        gc.collect()
+        assert service.store.in_use == 0
+        assert _as_it_was(stream)
+
+    _run(test)
+
+
+# -- left -----------------------------------------------------------------------------------------
+
+
+def test_leaving_an_event_stream_keeps_what_it_brought() -> None:
+    async def test() -> None:
+        engine = _Engine(None, None, None)
+        service = _Service(engine)
+        stream, events = service.stream(), list[str]()
+        request = _request(stream=True)
+        await _respond(await service.append(stream, request), request, events, after=2)
+
+        assert engine.stopped.is_set()
+        assert not stream.busy
+        assert list(stream.tokens)[:7] == [7, 8, *NEW, 0, 1]
+        assert stream.turns == 1
+
+    _run(test)
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def test_a_rendering_that_fails() -> None:
+    async def test() -> None:
+        service = _Service(_Engine(), error=ValueError("no such template"))
+        stream = service.stream()
+        with pytest.raises(ValueError, match="no such template"):
+            await service.append(stream, _request())
+        assert not stream.busy
+        assert _as_it_was(stream)
+
+    _run(test)
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize(
+    ("reason", "error"), [("abort", RetryableRequestError), ("error", GenerationError)]
+)
+def test_a_generation_the_engine_gives_up(
+    before: int, generate: bool, reason: str, error: type[VLLMError]
+) -> None:
+    """It used to be part of the stream, as if it had been finished."""
+
+    async def test() -> None:
+        service = _Service(_Engine(*[None] * before, reason))
+        stream = service.stream()
+        request = Append(text="abc", generate=Generate() if generate else None)
+
+        async def run() -> None:
+            turn = await service.append(stream, request)
+            try:
+                async for _ in turn.deltas():
+                    pass
+            finally:
+                await turn.close()
+
+        with pytest.raises(error):
+            await run()
+        assert not stream.busy
+        assert _as_it_was(stream)
+
+    _run(test)
+
+
+@pytest.mark.parametrize(("reason", "code"), [("abort", 503), ("error", 500)])
+def test_an_error_behind_events_that_were_read(reason: str, code: int) -> None:
+    """An event says so, and the stream is as it was, though the client has read some of it."""
+
+    async def test() -> None:
+        service = _Service(_Engine(None, None, reason))
+        stream, events = service.stream(), list[str]()
+        request = _request(stream=True)
+        await _respond(await service.append(stream, request), request, events)
+
+        *deltas, last = _parsed(events)
+        assert len(deltas) == 2
+        assert last["error"]["code"] == code
+        assert not stream.busy
+        assert _as_it_was(stream)
+
+    _run(test)
+
+
+def test_an_engine_that_dies_behind_events_that_were_read() -> None:
+    async def test() -> None:
+        service = _Service(_Engine())
+        stream, events = service.stream(), list[str]()
+
+        async def outputs() -> AsyncGenerator[RequestOutput, None]:
+            completion = CompletionOutput(0, "0", [0], None, None)
+            yield RequestOutput("r", None, NEW, None, [completion], False)
+            raise VLLMServerError("dead")
+
+        service.engine.outputs = outputs  # type: ignore[method-assign]
+        request = _request(stream=True)
+        await _respond(await service.append(stream, request), request, events)
+
+        assert _parsed(events)[-1]["error"]["message"] == "dead"
+        assert _as_it_was(stream)
+
+    _run(test)
+
+
+def test_a_stream_that_is_gone() -> None:
+    async def test() -> None:
+        service = _Service(_Engine())
+        stream = service.stream()
+        service.store.remove(stream.id)
+        with pytest.raises(UnknownStream):
+            await service.append(stream, _request())
+
+    _run(test)

@@ -1,0 +1,147 @@
+"""Tiny random-weight checkpoints of a model family: real architectures to the engine.
+
+Shapes are the least that shows what is special about a family; weights are scaled as in
+``tests.support.tiny_models``: attention is peaked, its output outweighs the embedding, logits are
+spread.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedConfig
+
+from tests.support.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, _tokenizer
+
+HIDDEN, HEADS, HEAD_SIZE, LAYERS, MAX_POSITIONS = 128, 4, 32, 2, 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One row of the table of models."""
+
+    name: str
+    """As people call it; what the documentation shows."""
+    model: str
+    """Name of the configuration class in transformers, without ``Config``."""
+    special: str
+    """What this row is in the table for."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the configuration, on top of the common ones."""
+    positions: str = "rope"
+    backend: str = "vLLM"
+    """Whose model code vLLM 0.32 runs: its own, that of transformers, or this project's."""
+    still: tuple[int, ...] = ()
+    """Layers whose keys do not depend on the position."""
+    page: int = 32
+    """Tokens per KV page: the smallest of the attention backend."""
+    tied_gain: float = 4.0
+    """Scale of embeddings that are the output's weights, too."""
+    gain: float = 1.0
+    """Scale of the weights of layers; more where the embedding outweighs them and tokens repeat."""
+    quick: bool = False
+    """Whether it is tested by default, for all that is like it."""
+
+    @property
+    def architecture(self) -> str:
+        return f"{self.model.removesuffix('Text')}ForCausalLM"
+
+    @property
+    def model_class(self) -> Any:
+        """Of transformers."""
+        return getattr(transformers, self.architecture)
+
+    @property
+    def slug(self) -> str:
+        return self.name.lower().replace(" ", "-")
+
+
+def rope(rope_type: str = "default", **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **settings}}
+
+
+TIED = {"tie_word_embeddings": True}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def write_family(folder: Path, family: Family) -> Path:
+    """Write configuration, weights and tokenizer of a tiny model of ``family``."""
+    config = config_of(family)
+    model = family.model_class(config).float()
+    _fill(model, family)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config_of(family: Family) -> PreTrainedConfig:
+    """The configuration: common settings in the names of the family, then its own."""
+    config_class = getattr(transformers, f"{family.model}Config")
+    common = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2,
+        "head_dim": HEAD_SIZE,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "dtype": "float32",
+        "architectures": [family.architecture],
+    }
+    if "n_embd" in family.settings or family.model in ("Bloom", "GPTNeoX", "Falcon", "Mpt"):
+        for name in ("num_key_value_heads", "head_dim"):
+            del common[name]
+    if {"n_embd", "d_model"} & family.settings.keys():
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            del common[name]
+        for name in ("intermediate_size", "max_position_embeddings"):
+            del common[name]
+    config: PreTrainedConfig = config_class(**(common | family.settings))
+    return config
+
+
+def _fill(model: Any, family: Family) -> None:
+    """Draw every weight, by what its name says it does."""
+    generator = torch.Generator().manual_seed(0)
+    tied = model.config.tie_word_embeddings
+    offset = 1.0 if family.model.startswith("Gemma") else 0.0  # their norms add one to the weight
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            part = name.split(".")[-2]
+            if name.endswith("bias"):
+                weight.copy_(0.1 * noise)
+            elif weight.dim() == 1:  # norms: near one, but not exactly
+                peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
+                if offset and part.startswith("post_"):
+                    peaked = 6.0  # or the embedding outweighs what layers add, and tokens repeat
+                weight.copy_(peaked * (1 + 0.1 * noise) - offset)
+            elif weight is model.get_input_embeddings().weight:
+                weight.copy_(noise * (family.tied_gain / weight.shape[1] ** 0.5 if tied else 1.0))
+            else:
+                weight.copy_(noise * family.gain * _gain(name) / weight.shape[-1] ** 0.5)
+
+
+def _gain(name: str) -> float:
+    part = name.split(".")[-2]
+    if part in ("lm_head", "embed_out"):
+        return 4.0
+    attention = (
+        "q_proj",
+        "k_proj",
+        "qkv_proj",
+        "query_key_value",
+        "o_proj",
+        "dense",
+        "out_proj",
+        "Wqkv",
+    )
+    return 1.5 if part in attention else 1.0

@@ -1,0 +1,39 @@
+"""Configurations of models that the policy does not work with, and the row that refuses each."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """One refused row of the table of models."""
+
+    name: str
+    """As people call it; what the documentation shows."""
+    config: str
+    """Name of the configuration class in transformers."""
+    row: str
+    """Name of the row of ``sink_vllm.gate.refusals`` that refuses it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    """Package without which vLLM cannot look at the model class."""
+
+
+REFUSED = (
+    Refused(name="GPT-2", config="GPT2Config", row="learned absolute positions"),
+    Refused(name="OPT", config="OPTConfig", row="learned absolute positions"),
+    Refused(name="StarCoder", config="GPTBigCodeConfig", row="learned absolute positions"),
+    Refused(name="Whisper", config="WhisperConfig", row="encoder-decoder"),
+    Refused(name="Mamba", config="MambaConfig", row="attention-free"),
+    Refused(name="Jamba", config="JambaConfig", row="recurrent layers"),
+    Refused(name="Falcon-H1", config="FalconH1Config", row="recurrent layers"),
+    Refused(name="Qwen3-Next", config="Qwen3NextConfig", row="recurrent layers"),
+    Refused(name="Qwen2-VL", config="Qwen2VLConfig", row="multimodal M-RoPE", needs="torchvision"),
+    Refused(name="LLaVA", config="LlavaConfig", row="multimodal", needs="torchvision"),
+    Refused(
+        name="Moonlight",
+        config="DeepseekV3Config",
+        row="MLA without RoPE scaling",
+    ),
+    Refused(name="Llama 4", config="Llama4TextConfig", row="chunked attention"),
+)

@@ -1,0 +1,94 @@
+"""Runs a job of ``runner_job.py``: ``python -m tests.support.runner_engine < job.json``.
+
+The kernels of vLLM's V2 model runner are written in Triton, which has no CPU backend. Under
+Triton's interpreter they run anyway, once Triton reports *some* active backend; so this has to be a
+process of its own, with ``INTERPRETED_V2`` in its environment before it starts and a stand-in
+backend registered before vLLM is imported. On a GPU both runners need neither. The last line of
+the output is the result, as JSON.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class _StandInDriver:
+    """All vLLM asks of the driver of a Triton backend: whether it is there."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def register_stand_in_backend() -> None:
+    import triton.backends
+
+    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=_StandInDriver)
+
+
+def switch_async_scheduling_on() -> None:
+    """Undo what the CPU platform does at the end of its checks."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_switch_on(vllm_config: Any) -> None:
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_switch_on)  # type: ignore[method-assign]
+
+
+def flatten_logits(model: Any) -> None:
+    """Make all tokens equally likely, so that the sampler's noise alone decides."""
+    model.logits_processor.scale = 1e-9
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Run the batches of a job one after the other on one engine."""
+    from vllm import SamplingParams
+
+    from tests.support.engine import Generated, Policy, check_all_free, running_engine
+    from tests.support.positions_seen import PositionsSeen, watch_positions
+
+    with running_engine(Path(job["model"]), Policy(**job["policy"]), **job["engine"]) as engine:
+        seen = watch_positions(engine.runner) if job["watch"] else PositionsSeen()
+        batches = []
+        for batch in job["batches"]:
+            if batch["flat"]:
+                flatten_logits(engine.runner.get_model())
+            params = [SamplingParams(**_with_int_keys(params)) for params in batch["params"]]
+            outputs = engine.generate(batch["prompts"], params)
+            batches.append([dataclasses.asdict(Generated.of(output)) for output in outputs])
+        check_all_free(engine)
+        return {
+            "scheduler": type(engine.scheduler).__name__,
+            "runner": type(engine.runner).__name__,
+            "batches": batches,
+            "num_poisoned": engine.num_poisoned,
+            "model": type(engine.runner.get_model()).__name__,
+            "still": [not layer.rotation for layer in engine.runner.attention_layers],
+            "positions": dataclasses.asdict(seen),
+        }
+
+
+def _with_int_keys(params: dict[str, Any]) -> dict[str, Any]:
+    """JSON turns the token ids of ``logit_bias`` into strings."""
+    bias = params.get("logit_bias") or {}
+    return params | {"logit_bias": {int(token): value for token, value in bias.items()}}
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        register_stand_in_backend()
+    job = json.load(sys.stdin)
+    if job["engine"].get("async_scheduling"):
+        switch_async_scheduling_on()
+    print(json.dumps(run(job)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Streams on a model runner of vLLM's that is chosen by environment variables."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ENVIRONMENT
+from tests.support.engine import Generated, Policy
+from tests.support.paths import ROOT
+from tests.support.positions_seen import PositionsSeen
+
+INTERPRETED_V2 = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    # Some model classes compile their norms; Inductor would ask the stand-in for more.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""The V2 runner without a GPU; see ``tests/support/runner_engine.py``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    prompts: list[list[int]]
+    params: list[dict[str, Any]]
+    flat: bool = False
+    """From this batch on all tokens are equally likely: noise decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    scheduler: str
+    runner: str
+    batches: list[list[Generated]]
+    num_poisoned: int
+    model: str
+    """Class of the model code."""
+    still: list[bool]
+    """Layer by layer: its keys do not depend on the position."""
+    positions: PositionsSeen
+
+
+def run_job(
+    model: Path,
+    batches: Sequence[Batch],
+    policy: Policy,
+    environment: Mapping[str, str],
+    *,
+    watch: bool = True,
+    **engine: Any,
+) -> Ran:
+    """Run batches one after the other on one engine, in a process of its own.
+
+    Args:
+        environment: variables of the process, which decide the runner.
+        watch: note the positions of all steps; the model must have one rotary table.
+        engine: for ``vllm.LLM``.
+    """
+    job = {
+        "model": str(model),
+        "policy": {"S": policy.S, "W": policy.W, "g": policy.g},
+        "engine": {"max_num_batched_tokens": 100, **engine},
+        "batches": [dataclasses.asdict(batch) for batch in batches],
+        "watch": watch,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.runner_engine"],
+        input=json.dumps(job),
+        env=os.environ | ENVIRONMENT | dict(environment),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["batches"] = [[Generated(**one) for one in batch] for batch in result["batches"]]
+    return Ran(**result | {"positions": PositionsSeen(**result["positions"])})
