@@ -27,8 +27,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from benchmarks.kv_buffer import kv_caches
-from sink_vllm.worker.keys.rotation import Rotation
-from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.layers.attention import AttentionLayer
+from sink_vllm.worker.layers.rotation import Rotation
 
 DEFAULT_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 

@@ -14,8 +14,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from benchmarks.kv_buffer import kv_caches
 from sink_vllm.policy.plan import PageMove
-from sink_vllm.worker.keys.rotation import Rotation
-from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.layers.attention import AttentionLayer
+from sink_vllm.worker.layers.rotation import Rotation
 
 DTYPES = {"bfloat16": torch.bfloat16, "fp8": torch.uint8}
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}

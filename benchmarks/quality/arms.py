@@ -139,7 +139,7 @@ def engine(arm: Arm, model: str, streams: int) -> Iterator[Any]:
 @contextmanager
 def _no_reanchoring(arm: Arm) -> Iterator[None]:
     """Absolute positions grow with the stream: a table for all of it, never started anew."""
-    from sink_vllm.worker.keys import rope_table
+    from sink_vllm.worker.layers import rope_table
 
     before = rope_table.TABLE_CAPACITIES
     if arm.kind == "absolute":

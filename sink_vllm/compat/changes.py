@@ -78,9 +78,9 @@ OBJECT_CHANGES = (
         "sink_vllm.worker.runner_v2", "state.prepare_*", "0045-positions-of-the-model-state"
     ),
     ObjectChange(
-        "sink_vllm.worker.keys.rotation", "self.rotary.cos_sin_cache", "0046-longer-rope-tables"
+        "sink_vllm.worker.layers.rotation", "self.rotary.cos_sin_cache", "0046-longer-rope-tables"
     ),
-    ObjectChange("sink_vllm.worker.keys.rotation", "_ROPE_DICT[*]", "0046-longer-rope-tables"),
+    ObjectChange("sink_vllm.worker.layers.rotation", "_ROPE_DICT[*]", "0046-longer-rope-tables"),
     ObjectChange("sink_vllm.server.lengths", "front.<_ATTRIBUTE>", "0047-marks"),
     ObjectChange("sink_vllm.server.lengths", "front.model_config.<_ATTRIBUTE>", "0047-marks"),
     ObjectChange("sink_vllm.server.renderer", "renderer.<_ATTRIBUTE>", "0047-marks"),

@@ -8,11 +8,16 @@ from sink_vllm.compat.parts import check_config
 from sink_vllm.compat.spec import under_policy
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
-from sink_vllm.worker.keys.rope_table import extend_rope_tables
-from sink_vllm.worker.layers import AttentionLayer, attention_layers, check_windows, rope_rows
+from sink_vllm.worker.layers.attention import (
+    AttentionLayer,
+    attention_layers,
+    check_windows,
+    rope_rows,
+)
+from sink_vllm.worker.layers.rope_table import extend_rope_tables
 from sink_vllm.worker.moves.mover import PageMover
-from sink_vllm.worker.moves.scratch import Scratch
 from sink_vllm.worker.positions import RopeOffsets
+from sink_vllm.worker.scratch import Scratch
 
 # vLLM's two model runners have no common base; what the mixins call, both of them have.
 _Runner: Any = object

@@ -22,7 +22,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from sink_vllm.policy.plan import PageMove, Resent, StepPlan
-from sink_vllm.worker.layers import AttentionLayer, rope_rows
+from sink_vllm.worker.layers.attention import AttentionLayer, rope_rows
 from sink_vllm.worker.moves.mover import PageMover
 
 logger = logging.getLogger("vllm.sink_vllm")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sink_vllm.worker.keys import rope_table
+from sink_vllm.worker.layers import rope_table
 from tests.conftest import ModelFactory
 from tests.support.engine import Engine, Policy, check_all_free, running_engine
 from tests.support.judge import judge, random_tokens

@@ -18,7 +18,7 @@ from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec, unde
 from sink_vllm.engine.managers.streaming import StreamingLLMManager
 from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
 from sink_vllm.policy.config import SinkConfig, SinkOptions
-from sink_vllm.worker.layers import AttentionLayer, check_windows
+from sink_vllm.worker.layers.attention import AttentionLayer, check_windows
 from tests.engine.test_preemption import check_lives, live
 from tests.support.engine import (
     Generated,

@@ -20,10 +20,10 @@ from vllm.v1.kv_cache_interface import KVCacheLayout, MLAAttentionSpec
 from benchmarks.gpu.pages import Backend
 from benchmarks.kv_buffer import kv_caches
 from sink_vllm.policy.plan import PageMove
-from sink_vllm.worker.keys.rotation import Rotation
-from sink_vllm.worker.keys.strided import LatentKeyPages
-from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.layers.attention import AttentionLayer
+from sink_vllm.worker.layers.rotation import Rotation
 from sink_vllm.worker.moves.mover import PageMover
+from sink_vllm.worker.pages.strided import LatentKeyPages
 from tests.support.engine import Policy
 from tests.support.families import FAMILIES
 from tests.support.family import write_family

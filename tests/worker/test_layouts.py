@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from benchmarks.gpu.pages import Shape, attention_layers, moves_of_one_eviction
 from sink_vllm.policy.plan import PageMove
-from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.layers.attention import AttentionLayer
 from sink_vllm.worker.moves.mover import PageMover
 from tests.support.fp8 import FP8, check_rounded_once
 

@@ -11,12 +11,12 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from benchmarks.paged_layers import PagedLayers
 from sink_vllm.policy.plan import PageMove
-from sink_vllm.worker.keys.layouts import key_pages_for
-from sink_vllm.worker.keys.strided import StridedKeyPages
 from sink_vllm.worker.moves.mover import KeyPagesFactory, PageMover
 from sink_vllm.worker.moves.plan import MovePlan
-from sink_vllm.worker.moves.scratch import Scratch
 from sink_vllm.worker.moves.turner import split_turns
+from sink_vllm.worker.pages.layouts import key_pages_for
+from sink_vllm.worker.pages.strided import StridedKeyPages
+from sink_vllm.worker.scratch import Scratch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Rotated keys are rounded once; products were rounded to float32 before, in another order.

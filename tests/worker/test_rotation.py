@@ -9,7 +9,7 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rop
 from vllm.platforms import current_platform
 
 from benchmarks.paged_layers import PagedLayers
-from sink_vllm.worker.keys.rotation import Rotation
+from sink_vllm.worker.layers.rotation import Rotation
 
 LLAMA3 = {
     "rope_type": "llama3",

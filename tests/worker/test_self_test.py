@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sink_vllm.worker.keys.rotation import Rotation
-from sink_vllm.worker.layers import attention_layers, rope_rows
+from sink_vllm.worker.layers.attention import attention_layers, rope_rows
+from sink_vllm.worker.layers.rotation import Rotation
 from sink_vllm.worker.moves.mover import PageMover
 from sink_vllm.worker.self_test import self_test
 from tests.support.engine import Engine, Policy, running_engine

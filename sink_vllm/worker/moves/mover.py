@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from sink_vllm.policy.plan import PageMove
-from sink_vllm.worker.keys.layouts import key_pages_for
-from sink_vllm.worker.keys.pages import KeyPages
-from sink_vllm.worker.keys.rotation import Rotation
-from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.layers.attention import AttentionLayer
+from sink_vllm.worker.layers.rotation import Rotation
 from sink_vllm.worker.moves.plan import MovePlan, Overlay, independent_batches
-from sink_vllm.worker.moves.scratch import PAGES, SOURCES, Scratch, page_weight
-from sink_vllm.worker.moves.store import PageStore
 from sink_vllm.worker.moves.turner import PageTurner, split_turns
+from sink_vllm.worker.pages.keys import KeyPages
+from sink_vllm.worker.pages.layouts import key_pages_for
+from sink_vllm.worker.pages.store import PageStore
+from sink_vllm.worker.scratch import PAGES, SOURCES, Scratch, page_weight
 
 KeyPagesFactory = Callable[[AttentionLayer, PageStore], KeyPages]
 

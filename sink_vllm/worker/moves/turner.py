@@ -12,10 +12,10 @@ from functools import partial
 import torch
 
 from sink_vllm.policy.plan import PageMove
-from sink_vllm.worker.keys.pages import KeyPages
-from sink_vllm.worker.keys.rotation import Rotation
-from sink_vllm.worker.moves.scratch import PAGES, Scratch, page_weight
-from sink_vllm.worker.moves.store import PageStore
+from sink_vllm.worker.layers.rotation import Rotation
+from sink_vllm.worker.pages.keys import KeyPages
+from sink_vllm.worker.pages.store import PageStore
+from sink_vllm.worker.scratch import PAGES, Scratch, page_weight
 
 
 class PageTurner:

@@ -12,7 +12,7 @@ any pages of any layers are rows of that table::
 (Padded blocks need not start at a multiple of a run; then the rows are the longest pieces that
 runs and starts are multiples of.)
 
-Nothing here knows what a page contains; see ``sink_vllm.worker.keys.pages``.
+Nothing here knows what a page contains; see ``sink_vllm.worker.pages.keys``.
 """
 
 import math
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sink_vllm.worker.moves.scratch import Scratch
+from sink_vllm.worker.scratch import Scratch
 
 # Runs are moved in the widest words they divide into. Floating-point words, because torch's
 # ``index_copy_`` is vectorised for them on CPUs and not for integers (3 to 4 times slower for

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from sink_vllm.worker.layers import AttentionLayer
-from sink_vllm.worker.moves.scratch import KEYS, Scratch
-from sink_vllm.worker.moves.store import PageStore
+from sink_vllm.worker.layers.attention import AttentionLayer
+from sink_vllm.worker.pages.store import PageStore
+from sink_vllm.worker.scratch import KEYS, Scratch
 
 
 def within_range(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

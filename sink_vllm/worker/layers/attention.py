@@ -21,8 +21,8 @@ from vllm.model_executor.layers.rotary_embedding import (
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_vllm.gate.refusals import FP8_KV_DTYPES
-from sink_vllm.worker.keys.rotation import Rotation
-from sink_vllm.worker.keys.rotation_transformers import (
+from sink_vllm.worker.layers.rotation import Rotation
+from sink_vllm.worker.layers.rotation_transformers import (
     TransformersRotation,
     is_transformers_rotary,
     kind_of_layer,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from vllm.model_executor.models.utils import extract_layer_index
 
-from sink_vllm.worker.keys.rotation import Rotation
+from sink_vllm.worker.layers.rotation import Rotation
 
 _PAIRINGS = {(-2, -3, 0, 1): True, (-1, 0, -3, 2): False}
 """What ``rotate_half`` makes of (0, 1, 2, 3), and whether it pairs halves (neox)."""

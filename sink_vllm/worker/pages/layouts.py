@@ -3,11 +3,11 @@
 import torch
 from vllm.model_executor.layers.attention import MLAAttention
 
-from sink_vllm.worker.keys.cpu import CPUKeyPages
-from sink_vllm.worker.keys.pages import KeyPages
-from sink_vllm.worker.keys.strided import LatentKeyPages, StridedKeyPages
-from sink_vllm.worker.layers import AttentionLayer
-from sink_vllm.worker.moves.store import PageStore
+from sink_vllm.worker.layers.attention import AttentionLayer
+from sink_vllm.worker.pages.cpu import CPUKeyPages
+from sink_vllm.worker.pages.keys import KeyPages
+from sink_vllm.worker.pages.store import PageStore
+from sink_vllm.worker.pages.strided import LatentKeyPages, StridedKeyPages
 
 LATENT_BACKENDS = ("CPU_MLA",)
 """Backends of multi-head latent attention whose pages have been moved by a test."""

@@ -32,7 +32,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-from sink_vllm.worker.moves.scratch import HALF, Scratch
+from sink_vllm.worker.scratch import HALF, Scratch
 
 _TABLE_ROWS = (
     1024  # deltas kept: evictions use multiples of the stride, re-anchorings their negatives

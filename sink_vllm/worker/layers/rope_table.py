@@ -9,7 +9,7 @@ far those positions may run.
 
 from collections.abc import Iterable
 
-from sink_vllm.worker.layers import AttentionLayer
+from sink_vllm.worker.layers.attention import AttentionLayer
 
 TABLE_CAPACITIES = 4
 """Rows a table has at least, in capacities: a window is rotated once per three capacities."""

@@ -21,10 +21,10 @@ from typing import cast
 import torch
 from vllm import _custom_ops as ops
 
-from sink_vllm.worker.keys.pages import KeyPages, in_float32, within_range
-from sink_vllm.worker.layers import AttentionLayer
-from sink_vllm.worker.moves.scratch import Scratch
-from sink_vllm.worker.moves.store import PageStore
+from sink_vllm.worker.layers.attention import AttentionLayer
+from sink_vllm.worker.pages.keys import KeyPages, in_float32, within_range
+from sink_vllm.worker.pages.store import PageStore
+from sink_vllm.worker.scratch import Scratch
 
 _BASE = 16  # digits of the numbers written: exact in every dtype, float8 included
 
