@@ -7,10 +7,9 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from sink_vllm.gate.refused import refusals
 from sink_vllm.worker.runner_v1 import StreamingLLMRunnerV1
 from sink_vllm.worker.runner_v2 import StreamingLLMRunnerV2
-from sink_vllm.worker.self_test import self_test
+from sink_vllm.worker.worker import StreamingLLMWorker
 
 
 class StreamingLLMCPUModelRunner(StreamingLLMRunnerV1, CPUModelRunner):
@@ -64,7 +63,7 @@ class StreamingLLMCPUModelRunnerV2(StreamingLLMRunnerV2, CPUModelRunnerV2):
     """vLLM's V2 CPU model runner under the policy."""
 
 
-class StreamingLLMCPUWorker(CPUWorker):
+class StreamingLLMCPUWorker(StreamingLLMWorker, CPUWorker):
     """vLLM's CPU worker with a model runner that moves pages and offsets positions."""
 
     def init_device(self) -> None:
@@ -76,14 +75,3 @@ class StreamingLLMCPUWorker(CPUWorker):
             CPUModelRunnerV2: StreamingLLMCPUModelRunnerV2,
         }
         self.model_runner.__class__ = ours[type(self.model_runner)]
-
-    def determine_available_memory(self) -> int:
-        runner: Any = self.model_runner  # one of ours
-        runner.reserve_scratch()
-        return super().determine_available_memory()
-
-    def compile_or_warm_up_model(self) -> Any:
-        result = super().compile_or_warm_up_model()
-        with refusals():
-            self_test(self.model_runner, self)
-        return result

@@ -6,10 +6,9 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from sink_vllm.gate.refused import refusals
 from sink_vllm.worker.runner_v1 import StreamingLLMRunnerV1
 from sink_vllm.worker.runner_v2 import StreamingLLMRunnerV2
-from sink_vllm.worker.self_test import self_test
+from sink_vllm.worker.worker import StreamingLLMWorker
 
 
 class StreamingLLMGPUModelRunner(StreamingLLMRunnerV1, GPUModelRunner):
@@ -20,7 +19,7 @@ class StreamingLLMGPUModelRunnerV2(StreamingLLMRunnerV2, GPUModelRunnerV2):
     """vLLM's V2 model runner under the policy."""
 
 
-class StreamingLLMGPUWorker(Worker):
+class StreamingLLMGPUWorker(StreamingLLMWorker, Worker):
     """vLLM's GPU worker with a model runner that moves pages and offsets positions."""
 
     def _make_model_runner(self) -> Any:
@@ -29,14 +28,3 @@ class StreamingLLMGPUWorker(Worker):
             StreamingLLMGPUModelRunnerV2 if self.use_v2_model_runner else StreamingLLMGPUModelRunner
         )
         return cls(self.vllm_config, self.device)
-
-    def determine_available_memory(self) -> int:
-        runner: Any = self.model_runner  # one of ours
-        runner.reserve_scratch()
-        return super().determine_available_memory()
-
-    def compile_or_warm_up_model(self) -> Any:
-        result = super().compile_or_warm_up_model()
-        with refusals():
-            self_test(self.model_runner, self)
-        return result

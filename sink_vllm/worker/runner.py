@@ -16,7 +16,6 @@ from sink_vllm.worker.layers.attention import (
 )
 from sink_vllm.worker.layers.rope_table import extend_rope_tables
 from sink_vllm.worker.moves.mover import PageMover
-from sink_vllm.worker.positions import RopeOffsets
 from sink_vllm.worker.scratch import Scratch
 
 # vLLM's two model runners have no common base; what the mixins call, both of them have.
@@ -28,7 +27,6 @@ class StreamingLLMRunner(_Runner):
 
     consumes_plans: ClassVar = True
     """See ``sink_vllm.worker.plans``."""
-    rope_offsets: RopeOffsets
     attention_layers: list[AttentionLayer]
     page_mover: PageMover
     page_scratch: Scratch
@@ -36,7 +34,6 @@ class StreamingLLMRunner(_Runner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         with refusals():
-            self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
             self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
             extend_rope_tables(self.attention_layers, self._config.capacity)
         self.page_scratch = Scratch(self.device)

@@ -1,7 +1,9 @@
 """What the policy adds to vLLM's V1 model runner (worker process)."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
@@ -10,6 +12,42 @@ from sink_vllm.worker.runner import StreamingLLMRunner
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
+
+
+class RopeOffsets:
+    """Positions given to the model minus cache positions, by stream and by row of the batch."""
+
+    def __init__(self, max_num_reqs: int, device: torch.device) -> None:
+        self._of_request: dict[str, int] = {}
+        self._rows = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        self._arranged: list[str] | None = None
+
+    def __bool__(self) -> bool:
+        """Whether any stream has an offset; streams that never evicted have none."""
+        return bool(self._of_request)
+
+    def update(self, plan: StepPlan | None, finished: Iterable[str]) -> None:
+        """Take over the offsets of a step; requests in ``finished`` are forgotten."""
+        # Finished first: a new request under the same name may come in the same step.
+        if self._of_request:
+            for req_id in finished:
+                if self._of_request.pop(req_id, None) is not None:
+                    self._arranged = None
+        if plan is not None and plan.resent:
+            self._arranged = None
+            for req_id, state in plan.resent.items():
+                if state.rope_offset:
+                    self._of_request[req_id] = state.rope_offset
+                else:
+                    self._of_request.pop(req_id, None)
+
+    def of_rows(self, req_ids: Sequence[str]) -> torch.Tensor:
+        """Offsets in batch order: int64 ``[max_num_reqs]`` on the device, zero past the batch."""
+        if self._arranged != req_ids:
+            self._arranged = list(req_ids)
+            offsets = [self._of_request.get(req_id, 0) for req_id in req_ids]
+            self._rows[: len(offsets)] = torch.tensor(offsets, dtype=torch.int64)
+        return self._rows
 
 
 class StreamingLLMRunnerV1(StreamingLLMRunner):
@@ -21,6 +59,11 @@ class StreamingLLMRunnerV1(StreamingLLMRunner):
     """
 
     _plan: StepPlan | None = None
+    rope_offsets: RopeOffsets
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._plan = StepPlan.of(scheduler_output)

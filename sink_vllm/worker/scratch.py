@@ -82,3 +82,10 @@ class Scratch:
 def page_weight(page_bytes: int, key_numbers: int) -> int:
     """Bytes of the largest buffer that a page of a layer needs: itself, or its keys in float32."""
     return max(page_bytes, key_numbers * torch.float32.itemsize)
+
+
+def in_float32(keys: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
+    """A contiguous copy, in scratch memory if there is any."""
+    if scratch is None:
+        return keys.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return scratch.take(KEYS, keys.shape, torch.float32).copy_(keys)

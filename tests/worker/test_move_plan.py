@@ -1,9 +1,32 @@
 """What a list of moves is turned into: bases, overlays, batches."""
 
 from sink_vllm.policy.plan import PageMove
-from sink_vllm.worker.moves.plan import MovePlan, Overlay, independent_batches
+from sink_vllm.worker.moves.plan import MovePlan, Overlay, independent_batches, split_turns
 
 BLOCK = 32
+
+
+def test_the_step_drawn_above_the_code() -> None:
+    """The example of ``sink_vllm.worker.moves.plan``, number by number."""
+    a = [PageMove(3, 9, 4, 16, 0), PageMove(1, 9, 0, 4, 32)]
+    head, turned, sinks = (
+        PageMove(22, 22, 4, 16, -96),
+        PageMove(23, 23, 0, 16, -96),
+        PageMove(5, 22, 0, 4, 0),
+    )
+
+    turns, others = split_turns([*a, head, turned, sinks], 16)
+
+    assert turns == [turned]
+    assert MovePlan.of(others, 16) == MovePlan(
+        bases=[3, 22],
+        pages=[9, 22],
+        overlays=[
+            Overlay(0, 4, [1], [32], slice(0, 1)),
+            Overlay(4, 16, None, [-96], slice(1, 2)),
+            Overlay(0, 4, [5], None, slice(1, 2)),
+        ],
+    )
 
 
 def test_border_page_and_sinks_become_one_page() -> None:
@@ -54,6 +77,13 @@ def test_kinds_of_pages_become_neighbours() -> None:
     plan = MovePlan.of(moves, BLOCK)
 
     assert [overlay.at for overlay in plan.overlays] == [slice(0, 3), slice(3, 6)]
+
+
+def test_a_page_that_another_move_reads_is_not_turned_before() -> None:
+    whole, partial = PageMove(3, 3, 0, 32, 64), PageMove(4, 4, 0, 31, 64)
+    reading, alone = PageMove(3, 5, 0, 32, 0), PageMove(6, 6, 0, 32, 64)
+
+    assert split_turns([whole, partial, reading, alone], 32) == ([alone], [whole, partial, reading])
 
 
 def test_batches_are_whole_pages() -> None:

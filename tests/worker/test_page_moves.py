@@ -12,8 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from benchmarks.paged_layers import PagedLayers
 from sink_vllm.policy.plan import PageMove
 from sink_vllm.worker.moves.mover import KeyPagesFactory, PageMover
-from sink_vllm.worker.moves.plan import MovePlan
-from sink_vllm.worker.moves.turner import split_turns
+from sink_vllm.worker.moves.plan import MovePlan, split_turns
 from sink_vllm.worker.pages.layouts import key_pages_for
 from sink_vllm.worker.pages.strided import StridedKeyPages
 from sink_vllm.worker.scratch import Scratch
@@ -384,13 +383,6 @@ def test_moves_of_other_groups_are_left_to_other_layers() -> None:
             assert torch.equal(found_values, values[layer, source])
         for name, (found_keys, _) in mover.read_page(4, index).items():
             assert torch.equal(found_keys, keys[paged.names.index(name), 4].float())
-
-
-def test_a_page_that_another_move_reads_is_not_turned_before() -> None:
-    whole, partial = PageMove(3, 3, 0, 32, 64), PageMove(4, 4, 0, 31, 64)
-    reading, alone = PageMove(3, 5, 0, 32, 0), PageMove(6, 6, 0, 32, 64)
-
-    assert split_turns([whole, partial, reading, alone], 32) == ([alone], [whole, partial, reading])
 
 
 def test_caches_may_be_bound_again() -> None:

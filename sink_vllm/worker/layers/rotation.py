@@ -34,9 +34,8 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_vllm.worker.scratch import HALF, Scratch
 
-_TABLE_ROWS = (
-    1024  # deltas kept: evictions use multiples of the stride, re-anchorings their negatives
-)
+# Deltas kept: evictions use multiples of the stride, re-anchorings their negatives.
+_TABLE_ROWS = 1024
 
 
 def _of_base(rotary: RotaryEmbedding) -> torch.Tensor:
@@ -230,3 +229,15 @@ class Rotation:
                 f"say, so cached keys cannot be re-rotated; serve this model with "
                 f"--kv-policy full."
             )
+
+
+def within_range(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same keys, changed in place so that conversion to ``dtype`` leaves them finite.
+
+    A rotation may lengthen a number by a factor of sqrt(2). ``float8_e4m3fn`` has no infinity, and
+    not every conversion to it stops at its largest number: some make NaN.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return keys
+    largest = torch.finfo(dtype).max
+    return keys.clamp_(-largest, largest)

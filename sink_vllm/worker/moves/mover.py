@@ -7,7 +7,8 @@
 
 The number of tensor operations of a step depends neither on the number of streams nor on the
 number of layers, but on how much is moved: scratch memory is bounded (``scratch``), so large steps
-go in batches of layers, which never depend on each other, and of pages.
+go in batches of layers, which never depend on each other, and of pages. What is read and written,
+and in which order, is drawn in ``plan``.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,14 @@ import torch
 from sink_vllm.policy.plan import PageMove
 from sink_vllm.worker.layers.attention import AttentionLayer
 from sink_vllm.worker.layers.rotation import Rotation
-from sink_vllm.worker.moves.plan import MovePlan, Overlay, independent_batches
-from sink_vllm.worker.moves.turner import PageTurner, split_turns
+from sink_vllm.worker.moves.plan import (
+    MovePlan,
+    Overlay,
+    in_kernel_pages,
+    independent_batches,
+    split_turns,
+)
+from sink_vllm.worker.moves.turner import PageTurner
 from sink_vllm.worker.pages.keys import KeyPages
 from sink_vllm.worker.pages.layouts import key_pages_for
 from sink_vllm.worker.pages.store import PageStore
@@ -171,10 +178,10 @@ class _LayerGroup:
 
     def run(self, moves: Sequence[PageMove]) -> None:
         if self.split > 1:
-            moves = list(_in_kernel_pages(moves, self.tokens, self.split))
+            moves = in_kernel_pages(moves, self.tokens, self.split)
         if self.turner is not None:
             turns, moves = split_turns(moves, self.tokens)
-            if turns:
+            if turns:  # first or last does not matter: no other move reads or writes their slots
                 self.turner.run(turns)
             if not moves:
                 return
@@ -189,6 +196,7 @@ class _LayerGroup:
     def _compose(self, prepared: "_Prepared", first: int, last: int) -> None:
         """Compose and write all pages of the plan, in layers ``[first, last)``."""
         composed = self.store.gather(prepared.bases, first, last, PAGES)
+        # Sources are read from the caches, and nothing is written there before all of them were.
         for overlay, sources, rows in prepared.overlays:
             if rows is None and sources is None:
                 continue  # rotation in place, of keys that do not rotate
@@ -232,16 +240,3 @@ class _Prepared:
             if rows is not None and one.deltas is not None:
                 mine, rows = rows[: len(one.deltas)], rows[len(one.deltas) :]
             self.overlays.append((one, sources, mine))
-
-
-def _in_kernel_pages(moves: Sequence[PageMove], tokens: int, split: int) -> "list[PageMove]":
-    """The same moves in the backend's pages, ``split`` of which make a block."""
-    parts = []
-    for move in moves:
-        for i in range(move.begin // tokens, -(-move.end // tokens)):
-            begin = max(move.begin - i * tokens, 0)
-            end = min(move.end - i * tokens, tokens)
-            parts.append(
-                PageMove(move.src * split + i, move.dst * split + i, begin, end, move.delta)
-            )
-    return parts

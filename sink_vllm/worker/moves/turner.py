@@ -1,6 +1,6 @@
 """Rotate all keys of whole pages where they lie: what a re-anchoring does to a stream's window.
 
-The general way (``page_moves``) composes pages in scratch memory and writes them back whole. Here
+The general way (``mover``) composes pages in scratch memory and writes them back whole. Here
 values are not touched, keys are rotated in the order they lie in, and nothing is repacked: half
 the memory traffic and a fraction of the work. Needs a layout with keys apart from values
 (``KeyPages.key_part``).
@@ -52,18 +52,3 @@ class PageTurner:
                 parts = self._store.gather(some, first, last, PAGES)
                 self._pages.rotate_parts(parts, rotate, self._scratch)
                 self._store.scatter(some, first, last, parts)
-
-
-def split_turns(moves: Sequence[PageMove], tokens: int) -> tuple[list[PageMove], list[PageMove]]:
-    """Moves that rotate a whole page in place which no other move reads, and the other moves.
-
-    Args:
-        tokens: per page.
-    """
-    read = {move.src for move in moves if move.src != move.dst}
-    turns: list[PageMove] = []
-    others: list[PageMove] = []
-    for move in moves:
-        whole = move.src == move.dst and move.end - move.begin == tokens
-        (turns if whole and move.delta and move.src not in read else others).append(move)
-    return turns, others

@@ -22,9 +22,10 @@ import torch
 from vllm import _custom_ops as ops
 
 from sink_vllm.worker.layers.attention import AttentionLayer
-from sink_vllm.worker.pages.keys import KeyPages, in_float32, within_range
+from sink_vllm.worker.layers.rotation import within_range
+from sink_vllm.worker.pages.keys import KeyPages
 from sink_vllm.worker.pages.store import PageStore
-from sink_vllm.worker.scratch import Scratch
+from sink_vllm.worker.scratch import Scratch, in_float32
 
 _BASE = 16  # digits of the numbers written: exact in every dtype, float8 included
 

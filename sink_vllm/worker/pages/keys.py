@@ -3,9 +3,9 @@
 ``KeyPages`` works on scratch pages of a ``PageStore``: dense copies, outside the KV cache. One
 implementation per family of layouts:
 
-- ``layout_cpu``: vLLM's CPU attention, which packs keys (and with AMX and BFMMLA values) as its
+- ``cpu``: vLLM's CPU attention, which packs keys (and with AMX and BFMMLA values) as its
   instruction set likes; the packing is learned from vLLM's own cache-write op;
-- ``layout_strided``: every GPU backend with plain keys and values, in any ``KVCacheLayout``, and
+- ``strided``: every GPU backend with plain keys and values, in any ``KVCacheLayout``, and
   the rows of multi-head latent attention.
 """
 
@@ -16,19 +16,7 @@ import torch
 
 from sink_vllm.worker.layers.attention import AttentionLayer
 from sink_vllm.worker.pages.store import PageStore
-from sink_vllm.worker.scratch import KEYS, Scratch
-
-
-def within_range(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same keys, changed in place so that conversion to ``dtype`` leaves them finite.
-
-    A rotation may lengthen a number by a factor of sqrt(2). ``float8_e4m3fn`` has no infinity, and
-    not every conversion to it stops at its largest number: some make NaN.
-    """
-    if dtype != torch.float8_e4m3fn:
-        return keys
-    largest = torch.finfo(dtype).max
-    return keys.clamp_(-largest, largest)
+from sink_vllm.worker.scratch import Scratch
 
 
 class KeyPages(ABC):
@@ -101,10 +89,3 @@ class KeyPages(ABC):
                 rotate; nobody who asked that first gets here.
         """
         raise NotImplementedError
-
-
-def in_float32(keys: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
-    """A contiguous copy, in scratch memory if there is any."""
-    if scratch is None:
-        return keys.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return scratch.take(KEYS, keys.shape, torch.float32).copy_(keys)

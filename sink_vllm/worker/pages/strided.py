@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from sink_vllm.worker.layers.attention import AttentionLayer
-from sink_vllm.worker.pages.keys import KeyPages, in_float32, within_range
+from sink_vllm.worker.layers.rotation import within_range
+from sink_vllm.worker.pages.keys import KeyPages
 from sink_vllm.worker.pages.store import PageStore
-from sink_vllm.worker.scratch import Scratch
+from sink_vllm.worker.scratch import Scratch, in_float32
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import MLAAttention
