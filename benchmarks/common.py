@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import rows
+from benchmarks.rows import Rows, pack, require, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "models" / "pystream-2.5m"
@@ -28,21 +28,21 @@ class Results:
     """A folder of one run: `meta.json`, raw rows, `summary.json`. Never overwrites another run."""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        rows.require()
+        require()
         self.folder = RESULTS / name
         if self.folder.exists():
             raise FileExistsError(f"{self.folder} exists; give another --name")
         self.folder.mkdir(parents=True)
         self._write("meta.json", meta(settings))
 
-    def rows(self, name: str) -> AbstractContextManager[rows.Rows]:
+    def rows(self, name: str) -> AbstractContextManager[Rows]:
         """Raw measurements, one JSON object per line, written as they come."""
-        return rows.writing(self.folder / name)
+        return writing(self.folder / name)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """What was concluded; the run has ended, and its rows are packed."""
         self._write("summary.json", summary)
-        rows.pack(self.folder)
+        pack(self.folder)
         print(f"raw data in {relative(self.folder)}")
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:

@@ -4,10 +4,10 @@
     python -m benchmarks.rows unpack benchmarks/results/RUN …    the plain files again, to the byte
 
 While something is measured every row is a line of ``<run>/<part>.jsonl``, written at once: a crash
-costs one row at most. A finished run is packed: ``<run>/rows.jsonl.zst`` has all parts one after the
-other, each behind a line that names it and counts its rows::
+costs one row at most. A finished run is packed: ``<run>/rows.jsonl.zst`` has all parts one after
+the other, each behind a line that names it, counts its rows and has a checksum of both::
 
-    {"file": "steps.jsonl", "rows": 2560}
+    {"file": "steps.jsonl", "rows": 2560, "crc32": 1319952809}
     {"arm": "old", "round": 0, …}
 
 ``zstd -dc rows.jsonl.zst`` shows the same without Python. Whatever reads rows calls :func:`read`,
@@ -17,6 +17,7 @@ which does not care how they lie there.
 import argparse
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -93,7 +94,7 @@ def pack(folder: Path) -> None:
     parts = _parts(folder)
     for path in plain:
         _parsed(path, parts[path.name])
-        if not parts[path.name].endswith(b"\n"):
+        if parts[path.name][-1:] not in (b"", b"\n"):
             raise RowsError(f"{path} does not end with a whole line, so its run did not end")
     partial = folder / f"{PACK}.partial"
     partial.write_bytes(_packed(parts))
@@ -130,11 +131,16 @@ def _parsed(path: Path, content: bytes) -> list[Row]:
         ) from error
 
 
+def _head(name: str, content: bytes) -> Row:
+    crc = zlib.crc32(content, zlib.crc32(name.encode()))
+    return {"file": name, "rows": content.count(b"\n"), "crc32": crc}
+
+
 def _packed(parts: Mapping[str, bytes]) -> bytes:
     from pyarrow import Codec
 
     lines = b"".join(
-        json.dumps({"file": name, "rows": content.count(b"\n")}).encode() + b"\n" + content
+        json.dumps(_head(name, content)).encode() + b"\n" + content
         for name, content in parts.items()
     )
     return bytes(Codec("zstd", compression_level=LEVEL).compress(lines, asbytes=True))
@@ -149,15 +155,15 @@ def _unpacked(path: Path) -> dict[str, bytes]:
             lines: list[bytes] = stream.read().splitlines(keepends=True)
         parts: dict[str, bytes] = {}
         at = 0
-        while at < len(lines):
+        while at < len(lines) or not parts:
             head = json.loads(lines[at])
             end = at + 1 + head["rows"]
-            if end > len(lines):
-                raise RowsError(f"{path} ends within {head['file']}; take it from git again")
             parts[head["file"]] = b"".join(lines[at + 1 : end])
+            if _head(head["file"], parts[head["file"]]) != head:
+                raise ValueError(f"{head['file']} is not what was packed")
             at = end
-    except (OSError, ValueError) as error:
-        raise RowsError(f"{path} cannot be unpacked ({error}); take it from git again") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:  # anything can stand there
+        raise RowsError(f"{path} is damaged ({error}); take it from git again") from error
     return parts
 
 
