@@ -7,6 +7,9 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if 
 # cpu, or gpu for vLLM's CUDA build.
 DEVICE ?= cpu
 BIN := .venv/bin
+# Processes the tests are spread over, a file at a time; each may hold an engine, or a server beside it (2 GiB).
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 STAMP := .venv/.installed
 ARGS ?=
 
@@ -22,18 +25,18 @@ $(STAMP): pyproject.toml .ci/install.py
 demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream from it (ARGS="--help")
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-test: $(STAMP) ## run the tests (ARGS="-k eviction")
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(STAMP) ## run the tests, in JOBS=2 processes (ARGS="-k eviction")
+	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## the tests and those marked slow: every model family, every refused model
-	@$(BIN)/python -m pytest $(ARGS)
+test-all: $(STAMP) ## the tests and those marked slow, for nightly runs: every model family, every refused model
+	@$(PYTEST) $(ARGS)
 
 fuzz: $(STAMP) ## requests made up from the server's OpenAPI schema (/v1/streams, options of requests)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[fuzz]"
 	@$(BIN)/python -m pytest tests/server/test_fuzz.py -p no:schemathesis $(ARGS)
 
-test-fast: $(STAMP) ## the tests that need no engine
-	@$(BIN)/python -m pytest -m "not engine and not server and not ray and not slow and not gpu" $(ARGS)
+test-fast: $(STAMP) ## the tests that start no engine, in minutes
+	@LIVENESS_SEEDS=$(or $(LIVENESS_SEEDS),0:1000) $(PYTEST) -m "not engine and not server and not ray and not slow and not gpu" $(ARGS)
 
 test-ray: $(STAMP) ## the tests that start a Ray cluster
 	@$(BIN)/python -m pytest -m ray $(ARGS)
@@ -53,10 +56,11 @@ bench-full: $(STAMP) ## all throughput benchmarks; hours (ARGS="--scenarios stre
 bench-gpu: $(STAMP) ## what only a GPU shows: its tests, evictions, attention (needs DEVICE=gpu)
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-lint: $(STAMP) ## ruff (rules and format) and mypy
+lint: $(STAMP) ## ruff (rules and format), mypy, and that imports go one way
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 format: $(STAMP) ## apply ruff's fixes and format
 	@$(BIN)/ruff check --fix

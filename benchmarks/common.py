@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
+
+from benchmarks.rows import Rows, pack, require, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "models" / "pystream-2.5m"
@@ -26,34 +28,25 @@ class Results:
     """A folder of one run: `meta.json`, raw rows, `summary.json`. Never overwrites another run."""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        require()
         self.folder = RESULTS / name
         if self.folder.exists():
             raise FileExistsError(f"{self.folder} exists; give another --name")
         self.folder.mkdir(parents=True)
         self._write("meta.json", meta(settings))
 
-    @contextmanager
-    def rows(self, name: str) -> Iterator["Rows"]:
+    def rows(self, name: str) -> AbstractContextManager[Rows]:
         """Raw measurements, one JSON object per line, written as they come."""
-        with (self.folder / name).open("w") as file:
-            yield Rows(file)
+        return writing(self.folder / name)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
+        """What was concluded; the run has ended, and its rows are packed."""
         self._write("summary.json", summary)
+        pack(self.folder)
         print(f"raw data in {relative(self.folder)}")
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-class Rows:
-    """A file of JSON lines."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def add(self, **row: Any) -> None:
-        print(json.dumps(row), file=self._file, flush=True)
 
 
 def default_name(benchmark: str) -> str:

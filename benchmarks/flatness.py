@@ -78,8 +78,6 @@ def run(options: argparse.Namespace) -> bool:
     setup = Setup(
         model=str(options.model),
         dtype=options.dtype,
-        block_size=32,
-        sink_tokens=4,
         window=options.window,
         stride=options.stride,
         max_streams=options.streams,

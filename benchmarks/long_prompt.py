@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common import MODEL, Results, default_name
+from benchmarks.common import Results, default_name
 from benchmarks.overhead_arm import FIRST_WORD, ArmError, Setup
 
 TOKEN = 5  # an ordinary word
@@ -138,15 +138,7 @@ def build(streams: int) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    setup = Setup(
-        model=str(MODEL),
-        dtype="bfloat16",
-        block_size=32,
-        sink_tokens=4,
-        window=220,
-        stride=32,
-        max_streams=streams + 1,
-    )
+    setup = Setup(window=220, stride=32, max_streams=streams + 1)
     return LLM(**setup.engine_arguments(sink=True), enable_prefix_caching=True).llm_engine
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.common import MODEL, Results, default_name
+from benchmarks.common import Results, default_name
 from benchmarks.overhead import compare, measure
 from benchmarks.overhead_arm import ArmError, ArmProcess, Engine, Setup
 
@@ -77,15 +77,7 @@ def table(found: dict[int, dict[str, Any]]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Both arms, every number of streams; medians of single steps."""
-    setup = Setup(
-        model=str(MODEL),
-        dtype="bfloat16",
-        block_size=32,
-        sink_tokens=4,
-        window=28,
-        stride=64,
-        max_streams=max(options.streams),
-    )
+    setup = Setup(window=28, stride=64, max_streams=max(options.streams))
     results = Results(options.name or default_name("micro_scheduler"), vars(options))
     found: dict[int, dict[str, Any]] = {}
     with (

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from benchmarks.common import MODEL
 from sink_vllm.policy.schedule import Schedule
 
 UNTIMED_STEPS = 4  # at the beginning of a round: caches are cold after the other arm's turn
@@ -21,17 +22,17 @@ class ArmError(Exception):
     """An arm died, or did not do what the benchmark measures."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What both arms have in common."""
 
-    model: str
-    dtype: str
-    block_size: int
-    sink_tokens: int
     window: int
     stride: int
     max_streams: int
+    sink_tokens: int = 4
+    block_size: int = 32
+    model: str = str(MODEL)
+    dtype: str = "bfloat16"
 
     @property
     def schedule(self) -> Schedule:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.common import MODEL, Results, default_name
+from benchmarks.common import Results, default_name
 from benchmarks.overhead_arm import ArmError, ArmProcess, Setup
 
 RATE = 200  # samples per second
@@ -92,10 +92,7 @@ def main() -> int:
     parser.add_argument("--name", default=default_name("profile"))
     options = parser.parse_args()
     setup = Setup(
-        model=str(MODEL),
         dtype=options.dtype,
-        block_size=32,
-        sink_tokens=4,
         window=188,
         stride=options.stride,
         max_streams=options.streams,

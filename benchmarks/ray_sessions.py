@@ -39,6 +39,7 @@ import ray
 from tokenizers import Tokenizer
 
 from benchmarks.common import MODEL, Results, default_name, describe
+from examples.processes import family, titled
 from examples.ray_serve.client import Conversation, Turn, conversations, http_client
 from examples.ray_serve.local import LocalApp, local_cluster, running_app
 
@@ -132,7 +133,7 @@ async def kill_when(half: int, app: LocalApp, arm: Arm, kill: Disturb) -> None:
 def kill_replica(app: LocalApp) -> dict[str, Any]:
     """SIGKILL the process of the older replica."""
     victim = app.replicas()[0]
-    below = victim.children(recursive=True)
+    below = family(victim.pid)[1:]
     os.kill(victim.pid, signal.SIGKILL)
     return {"what": "the process of a replica", "children": [p.pid for p in below]}
 
@@ -140,7 +141,7 @@ def kill_replica(app: LocalApp) -> dict[str, Any]:
 def kill_worker(app: LocalApp) -> dict[str, Any]:
     """SIGKILL the worker that computes for the older replica."""
     victim = app.replicas()[0]
-    (worker,) = (p for p in victim.children(recursive=True) if "Worker" in p.cmdline()[0])
+    (worker,) = titled("Worker", victim.pid)
     os.kill(worker.pid, signal.SIGKILL)
     return {"what": "the worker of a replica", "children": []}
 

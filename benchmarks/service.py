@@ -34,7 +34,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.common import MODEL, Results, Rows, default_name, describe
+from benchmarks.common import MODEL, Results, default_name, describe
+from benchmarks.rows import Rows
 from examples.serving import Server
 from sink_vllm.policy.schedule import Schedule, pages_per_stream
 

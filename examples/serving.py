@@ -22,6 +22,8 @@ import psutil
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from examples import processes
+
 HOST = "127.0.0.1"
 # A small model on one machine: no model hub, no usage report, 1 GiB of KV cache where the CPU
 # engine would take half of the memory. The caller's own settings win.
@@ -160,23 +162,11 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """The server's processes, the API server first."""
-        if self._process is None:
-            return []
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return [] if self._process is None else processes.family(self._process.pid)
 
     def rss(self) -> dict[str, int]:
         """Resident bytes of every process, by name and process id."""
-        found = {}
-        for process in self.processes():
-            try:
-                found[f"{process.name()}:{process.pid}"] = process.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return processes.rss(self.processes())
 
     def log_tail(self, lines: int = 12) -> str:
         """What the server's log says about a failure, ready to be appended to a sentence."""

@@ -43,3 +43,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+
+
+_LONGEST_FIRST = ("ray", "server", "engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start clusters, servers and engines come first, in the order of their names.
+
+    Processes take a file at a time in this order, so none is left with a long one at the end.
+    """
+
+    def weight(item: pytest.Item) -> int:
+        marks = [i for i, name in enumerate(_LONGEST_FIRST) if item.get_closest_marker(name)]
+        return min(marks, default=len(_LONGEST_FIRST))
+
+    heaviest: dict[Path, int] = {}
+    for item in items:
+        heaviest[item.path] = min(weight(item), heaviest.get(item.path, len(_LONGEST_FIRST)))
+    items.sort(key=lambda item: heaviest[item.path])

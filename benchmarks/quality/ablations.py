@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
     for members in shared(arms.values()):
         units = {unit(arm): arm for arm in members}
         run_streams(store, model, units, ids, sampling, options.how, options.streams)
+    store.pack()
 
 
 def main() -> int:

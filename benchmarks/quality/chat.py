@@ -19,12 +19,12 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import MODEL, RESULTS
+from benchmarks.quality.answers import answered
 from benchmarks.quality.forms import LONGEST, code_lines
 from benchmarks.quality.store import Store, StoreError
 from benchmarks.service import Api
@@ -111,6 +111,11 @@ def chat(api: Api, arm: str, todo: list[Round]) -> Iterator[dict[str, Any]]:
 def run(options: argparse.Namespace) -> None:
     """All arms, as far as they are not done yet."""
     store = Store(RESULTS / options.name, vars(options))
+    measure(store, options)
+    store.pack()
+
+
+def measure(store: Store, options: argparse.Namespace) -> None:
     flags = ["--served-model-name", SERVED, "--dtype", options.dtype, "--enforce-eager"]
     flags += ["--block-size", "32", "--kv-policy", "sink", "--sink-stride", "32"]
     todo = [arm for arm in ARMS if not store.done(arm)]
@@ -125,13 +130,8 @@ def run(options: argparse.Namespace) -> None:
             def one(conversation: list[Round], arm: str = arm) -> list[dict[str, Any]]:
                 return list(chat(api, arm, conversation))
 
-            with ThreadPoolExecutor(options.chats) as pool:
-                rows = [row for found in pool.map(one, conversations) for row in found]
-            with store.unit(arm, benchmark="chat", arm=arm, longest=LONGEST) as file:
-                for row in rows:
-                    file.add(**row)
-            right = sum(row["right"] for row in rows)
-            print(f"{arm}: {right} of {len(rows)} right", file=sys.stderr, flush=True)
+            facts = {"benchmark": "chat", "arm": arm, "longest": LONGEST}
+            answered(store, arm, facts, one, conversations)
 
 
 def main() -> int:

@@ -58,6 +58,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                 end=options.tokens,
                 dtype=options.dtype,
             )
+    store.pack()
 
 
 def arm_of(name: str, options: argparse.Namespace) -> Arm:

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
             for sinks in SINKS
         }
         run_streams(store, str(folder), arms, ids, sampling, streams=options.streams)
+    store.pack()
 
 
 def main() -> int:

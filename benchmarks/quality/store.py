@@ -3,6 +3,7 @@
 ``results/<name>/meta.json``            what was run where, one entry per start
 ``results/<name>/<unit>.jsonl``         first row: what was run; then rows of ``buckets.py``
 ``results/<name>/<unit>.jsonl.partial`` a unit that was interrupted; begun again by the next start
+``results/<name>/rows.jsonl.zst``       all units, when a start has finished the last (``rows.py``)
 """
 
 import json
@@ -12,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Rows, meta
+from benchmarks import rows
+from benchmarks.common import meta
 from benchmarks.quality.buckets import Series
 
 _SAME = ("model", "dtype")
@@ -20,7 +22,7 @@ _SAME = ("model", "dtype")
 
 
 class StoreError(Exception):
-    """The folder belongs to another run."""
+    """The folder belongs to another run, or its rows cannot be read or packed."""
 
 
 class Store:
@@ -30,10 +32,15 @@ class Store:
         """Open or create ``folder``.
 
         Raises:
-            StoreError: it was made with another model.
+            StoreError: it was made with another model, or what is in it cannot be read.
         """
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            rows.require()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._done = rows.names(folder)
+        except rows.RowsError as error:
+            raise StoreError(str(error)) from error
         starts = folder / "meta.json"
         entries: list[dict[str, Any]] = json.loads(starts.read_text()) if starts.exists() else []
         entry = meta(settings)
@@ -48,29 +55,34 @@ class Store:
         starts.write_text(json.dumps([*entries, entry], indent=1) + "\n")
 
     def done(self, unit: str) -> bool:
-        return self._file(unit).exists()
+        return self._file(unit).name in self._done
 
     @contextmanager
-    def unit(self, name: str, **facts: Any) -> Iterator[Rows]:
+    def unit(self, name: str, **facts: Any) -> Iterator[rows.Rows]:
         """Rows of one unit; they count only if the block ends without an exception."""
         partial = self._file(name).with_suffix(".jsonl.partial")
-        with partial.open("w") as file:
-            rows = Rows(file)
-            rows.add(**facts)
-            yield rows
+        with rows.writing(partial) as file:
+            file.add(**facts)
+            yield file
         partial.replace(self._file(name))
+        self._done.add(self._file(name).name)
+
+    def pack(self) -> None:
+        """Called when a start has finished all of its units.
+
+        Raises:
+            StoreError: they cannot be packed; they stay as they are.
+        """
+        try:
+            rows.pack(self.folder)
+        except rows.RowsError as error:
+            raise StoreError(str(error)) from error
 
     def _file(self, unit: str) -> Path:
         return self.folder / f"{unit.replace('/', '-').replace(':', '-')}.jsonl"
 
 
-def read(path: Path) -> tuple[dict[str, Any], Series]:
-    """The facts and the losses of a finished unit."""
-    facts, *rows = (json.loads(line) for line in path.read_text().splitlines())
-    return facts, Series.of(rows, facts["every"])
-
-
 def units(folder: Path) -> Iterator[tuple[dict[str, Any], Series]]:
-    """All finished units of a run, by name."""
-    for path in sorted(folder.glob("*.jsonl")):
-        yield read(path)
+    """Facts and losses of all finished units of a run, by name."""
+    for facts, *losses in rows.read(folder).values():
+        yield facts, Series.of(losses, facts["every"])

@@ -16,12 +16,12 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import MODEL, RESULTS
+from benchmarks.quality.answers import answered
 from benchmarks.quality.forms import FORMS, Form
 from benchmarks.quality.store import Store, StoreError
 from benchmarks.quality.texts import tokenizer_of
@@ -86,6 +86,11 @@ def ask(
 def run(options: argparse.Namespace) -> None:
     """All caches, as far as they are not done yet."""
     store = Store(RESULTS / options.name, vars(options))
+    measure(store, options)
+    store.pack()
+
+
+def measure(store: Store, options: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(str(options.model))
     caches = [Cache(sinks, window) for window in options.windows for sinks in options.sinks]
     todo = [cache for cache in caches if not store.done(cache.unit)]
@@ -104,14 +109,8 @@ def run(options: argparse.Namespace) -> None:
                 bos = tokenizer.bos_token_id
                 return list(ask(api, form, cache, bos, options.lines, options.distances))
 
-            with ThreadPoolExecutor(options.streams) as pool:
-                rows = [row for stream in pool.map(one, forms) for row in stream]
             facts = {"sinks": cache.sinks, "window": cache.window, "form": options.form}
-            with store.unit(cache.unit, benchmark="streameval", **facts) as file:
-                for row in rows:
-                    file.add(**row)
-            right = sum(row["right"] for row in rows)
-            print(f"{cache.unit}: {right} of {len(rows)} right", file=sys.stderr, flush=True)
+            answered(store, cache.unit, {"benchmark": "streameval", **facts}, one, forms)
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.quality.buckets import Interval, Series, differences, ratio
 from benchmarks.quality.store import units
+from benchmarks.rows import read
 
 RANGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Stream positions between which perplexities are given; 256 is the small model's context."""
@@ -205,8 +206,7 @@ def sink_token(runs: Runs) -> Iterator[str]:
 def answers(folder: Path, group: Sequence[str], by: str) -> Iterator[str]:
     """Accuracy of StreamEval and chat rows."""
     found: dict[tuple[str, ...], dict[Any, list[bool]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        facts, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    for facts, *rows in read(folder).values():
         key = tuple(str(facts[name]) for name in group)
         for row in rows:
             found.setdefault(key, {}).setdefault(row[by], []).append(row["right"])

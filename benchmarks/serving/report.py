@@ -1,13 +1,11 @@
 """Raw rows of a folder, and the ratios between arms (no vLLM)."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.rows import Row, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +35,8 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
-        rows = []
-        for path in sorted(folder.glob("*.jsonl")):
-            facts, *found = (json.loads(line) for line in path.read_text().splitlines())
-            rows += [{**facts, **row} for row in found]
-        return cls(rows)
+        parts = read(folder).values()
+        return cls({**facts, **row} for facts, *found in parts for row in found)
 
     def scenarios(self, kind: str) -> list[str]:
         """Names of the scenarios of a kind, in the order in which they were found."""

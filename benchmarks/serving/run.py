@@ -100,6 +100,7 @@ def run(
                 ) as rows:
                     for row in turn(scenario, arms, servers, dtype, repetition):
                         rows.add(**row)
+    store.pack()
 
 
 def warm_up(scenario: Scenario, arms: Mapping[str, Arm], servers: Mapping[str, Server]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from examples.processes import titled
+
 ENVIRONMENT = {
     # When a replica is killed, its engine core and workers go with it. Without this they stay.
     "RAY_process_group_cleanup_enabled": "true",
@@ -74,20 +76,9 @@ class LocalApp:
             time.sleep(0.2)
         return time.monotonic() - started
 
-    def processes(self, name: str) -> list[psutil.Process]:
-        """Processes of this program's cluster whose title has ``name`` in it, oldest first."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if name in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return sorted(found, key=lambda process: process.create_time())
-
     def replicas(self) -> list[psutil.Process]:
         """The processes of the replicas; each has an engine core and its workers below it."""
-        return self.processes(f"ray::ServeReplica:{APPLICATION}:{DEPLOYMENT}")
+        return titled(f"ray::ServeReplica:{APPLICATION}:{DEPLOYMENT}")
 
     def totals(self, *names: str) -> dict[str, dict[str, float]]:
         """Engine counters by replica and name, from the metrics every Ray node exports.

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sink_vllm.gate.refused import Refused
-from sink_vllm.policy.config import POLICY_KEY, SinkConfig, flag
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.options import POLICY_KEY, flag
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -14,7 +14,7 @@ from typing import Any
 from sink_vllm.compat.patching import Patch
 from sink_vllm.compat.versions import refusal_of
 from sink_vllm.gate.refused import Refused, end_with_the_sentence
-from sink_vllm.policy.config import OPTION_KEYS, POLICY_KEY, flag
+from sink_vllm.policy.options import OPTION_KEYS, POLICY_KEY, flag
 
 
 def refuse_the_policy() -> None:

@@ -110,7 +110,8 @@ class Admission:
 
     def residents_fit(self, request: Request, stream: Stream) -> bool:
         """Whether a waiting request may be admitted as far as residents are concerned."""
-        return not self._must_reside(request, stream) or self._has_share(request, stream)
+        share = self._reserved_for(request, stream)
+        return share is None or self._has_room(share)
 
     def needs(self, request_id: str) -> int:
         """Pages a holder still needs: of a resident to hold its share, of a guest to compute the
@@ -148,8 +149,9 @@ class Admission:
             length = request.num_prompt_tokens + request.max_tokens - 1
         return self._tables.pages_of(stream.schedule, length)
 
-    def _has_share(self, request: Request, stream: Stream) -> bool:
-        return self._reserved + self._share_of(request, stream) <= self._ledger.num_pages
+    def _has_room(self, share: int) -> bool:
+        """Whether rule 1 allows another resident."""
+        return self._reserved + share <= self._ledger.num_pages
 
     # -- admitting --------------------------------------------------------------------------
 
@@ -161,23 +163,31 @@ class Admission:
             stream: of it.
             cached_in_use: pages it starts from that others hold anyway.
         """
-        if self._must_reside(request, stream):
-            if not self._has_share(request, stream):
-                return Verdict.NO_SHARE
-            needed = self._share_of(request, stream)
-        else:
+        return self._judge(request, stream, self._reserved_for(request, stream), cached_in_use)
+
+    def _reserved_for(self, request: Request, stream: Stream) -> int | None:
+        """The share of a waiting request as a resident; ``None`` if it would be a guest."""
+        return self._share_of(request, stream) if self._must_reside(request, stream) else None
+
+    def _judge(
+        self, request: Request, stream: Stream, share: int | None, cached_in_use: int
+    ) -> Verdict:
+        if share is None:
             tokens = min(request.num_tokens, stream.capacity)
             needed = self._tables.pages_of(stream.schedule, tokens) - cached_in_use
+        elif self._has_room(share):
+            needed = share
+        else:
+            return Verdict.NO_SHARE
         if self._holders:
             needed += self._watermark
         return Verdict.ADMITTED if self.slack() >= needed else Verdict.NO_PAGES
 
     def admit(self, request: Request, stream: Stream, cached_in_use: int = 0) -> bool:
         """Let a waiting request hold pages, if :meth:`verdict` says so."""
-        if self.verdict(request, stream, cached_in_use) is not Verdict.ADMITTED:
+        share = self._reserved_for(request, stream)
+        if self._judge(request, stream, share, cached_in_use) is not Verdict.ADMITTED:
             return False
-        resides = self._must_reside(request, stream)
-        share = self._share_of(request, stream) if resides else None
         self._numbers += 1
         self._holders[request.request_id] = _Holder(request, stream, self._numbers, share)
         self._reserved += share or 0
@@ -189,7 +199,7 @@ class Admission:
         holder = self._holders[request.request_id]
         if holder.share is not None:
             return Verdict.ADMITTED
-        if not self._has_share(request, holder.stream):
+        if not self._has_room(self._share_of(request, holder.stream)):
             return Verdict.NO_SHARE
         share = self._tables.pages_of(holder.stream.schedule)
         more = share - self._ledger.held(request.request_id) - self._needs(holder)

@@ -7,17 +7,17 @@ loop over waiting requests a request is looked up and admitted in one go: who wa
 """
 
 import itertools
-import time
 from typing import Any
 
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.engine.admission import Admission, Standing, Verdict
+from sink_vllm.engine.preempting import PreemptingMixin
+from sink_vllm.engine.prompt_stats import count_prompt
 from sink_vllm.engine.recycler import Recycler
 from sink_vllm.engine.tables import FoundPages, PageTables
 from sink_vllm.policy.config import SinkConfig
@@ -28,7 +28,7 @@ _MOST_PASSED_OVER = 32
 """Waiting requests per step that others are admitted before, because all shares are taken."""
 
 
-class AdmittingMixin(Scheduler):
+class AdmittingMixin(PreemptingMixin):
     """Evicts, admits and takes pages back."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,24 +64,9 @@ class AdmittingMixin(Scheduler):
         self._adapters: set[int] = set()
         self._adapters_of = -1
         """Adapters of the running requests, when there were so many."""
-        self._parked: set[str] = set()
-        """Sessions between two inputs that have given up pages and model-runner slot."""
+        self._parked = set()
 
     # -- pages change hands -----------------------------------------------------------------
-
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        super()._preempt_request(request, *args, **kwargs)
-        self.admission.gave_way(request.request_id)
-        self.recycler.preempted(request)
-
-    def reset_prefix_cache(
-        self, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
-        """Sessions that wait hold pages, too; vLLM would leave them, and fail."""
-        if reset_running_requests:
-            for request in list(self.kv_holding_waiting):
-                self._give_way(request)
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def check_integrity(self) -> None:
         """Every page has its owner, and promises are those of the requests that hold pages.
@@ -132,34 +117,6 @@ class AdmittingMixin(Scheduler):
             if verdict is Verdict.ADMITTED and self.recycler.evict(request):
                 return
             self._give_way(self.admission.who_gives_way(request, verdict))
-
-    def _give_way(self, request: Request) -> None:
-        """Take the pages of a request that holds some; it is computed again later."""
-        if request.status == RequestStatus.RUNNING:
-            self.running.remove(request)
-            # It may be admitted again in this step, as after a reset of the prefix cache.
-            self.prev_step_scheduled_req_ids.discard(request.request_id)
-            # vLLM would lose a session that stops with an output from before its preemption.
-            self._preempt_request(request, time.monotonic(), drop_stale_output=request.resumable)
-            return
-        # A session: vLLM knows no preemption of requests that do not run.
-        if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
-            self.recycler.parked(request)
-            self._parked.add(request.request_id)
-            self.max_num_active_reqs += 1  # vLLM counts it among those that hold a slot
-            self.reset_preempted_req_ids.add(request.request_id)
-        else:
-            request.num_computed_tokens = 0
-            self.recycler.preempted(request)
-        self.kv_cache_manager.free(request)
-        self.admission.gave_way(request.request_id)
-        self.kv_holding_waiting.remove_request(request)
-        self.waiting.prepend_request(request)
-
-    def _unpark(self, request: Request) -> None:
-        if request.request_id in self._parked:
-            self._parked.discard(request.request_id)
-            self.max_num_active_reqs -= 1
 
     def get_num_unfinished_requests(self) -> int:
         """vLLM takes sessions between two inputs off the requests that hold pages, and parked ones
@@ -283,7 +240,9 @@ class AdmittingMixin(Scheduler):
         for request_id, found in self._found.items():
             request = self.requests[request_id]
             if request.status == RequestStatus.RUNNING:
-                self._count_prompt(request, found)
+                count_prompt(
+                    request, self.recycler.streams[request_id], found, self.kv_cache_manager
+                )
                 self.recycler.started(request, resumed=found is not None)
                 continue
             self.admission.leave(request_id)
@@ -292,23 +251,6 @@ class AdmittingMixin(Scheduler):
                 self.kv_cache_manager.free(request)
                 self.recycler.show_whole(request)
         self._found = {}
-
-    def _count_prompt(self, request: Request, found: FoundPages | None) -> None:
-        """vLLM's statistics count whole prompts, not just what the engine sees at once."""
-        stream = self.recycler.streams[request.request_id]
-        if request.num_preemptions or not (stream.pending or found):
-            return
-        skipped = stream.evicted if found else 0
-        prefill, cache = request.prefill_stats, self.kv_cache_manager.prefix_cache_stats
-        if prefill is not None:
-            prefill.set(
-                num_prompt_tokens=prefill.num_prompt_tokens + skipped + len(stream.pending),
-                num_local_cached_tokens=prefill.num_local_cached_tokens + skipped,
-                num_external_cached_tokens=prefill.num_external_cached_tokens,
-            )
-        if cache is not None and self.kv_cache_manager.prefix_cache_lookup_enabled(request):
-            cache.queries += skipped + len(stream.pending)
-            cache.hits += skipped
 
     # -- limits -----------------------------------------------------------------------------
 
@@ -342,19 +284,8 @@ class AdmittingMixin(Scheduler):
         return num_new_tokens
 
     def _fit_windows(self, request: Request, computed: int, num_new_tokens: int) -> int:
-        """The longest chunk whose pages are its own or nobody's: windowed layers need more pages
-        for a long chunk than they hold afterwards."""
-        tables = self.recycler.tables
+        """The longest chunk whose pages are its own or nobody's."""
         held = self.ledger.held(request.request_id) - self.ledger.num_pinned(request.request_id)
         allowed = held + self.admission.needs(request.request_id) + max(self.admission.slack(), 0)
-        processed = max(computed - request.num_in_flight_tokens, 0)
-        # Windows of chunks in flight are kept until those are done; then one token always fits.
-        least = 0 if request.num_in_flight_tokens else 1
-        while num_new_tokens > least:
-            after = computed + num_new_tokens
-            if tables.pages_after(computed, processed, after) <= allowed:
-                break
-            # Back to the last boundary of pages before it.
-            after = (after - 1) // tables.block_size * tables.block_size
-            num_new_tokens = max(after - computed, least)
-        return num_new_tokens
+        in_flight = request.num_in_flight_tokens
+        return self.recycler.tables.longest_chunk(computed, in_flight, num_new_tokens, allowed)

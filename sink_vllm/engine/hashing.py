@@ -20,7 +20,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachetools import LRUCache
 from vllm.v1.core.kv_cache_utils import (
@@ -30,14 +30,14 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.request import Request
 
-from sink_vllm.engine.pending import BREATH
+from sink_vllm.engine.stream import BREATH, Stream
 from sink_vllm.policy.schedule import EvictionPages, Schedule
-
-if TYPE_CHECKING:
-    from sink_vllm.engine.stream import Stream
 
 _RUN = 64  # pages; a run is remembered as a whole
 _REMEMBERED = 1 << 18  # pages, some 75 bytes each
+
+ALL_PAGES = 2**31 - 1
+"""As the number of pages of a request that are hashed already: hash no more."""
 
 Run = tuple[object, ...]
 

@@ -11,10 +11,12 @@ compares the two. ``DroppedPages`` and ``CopiedPages`` own nothing: they are not
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from sink_vllm.engine.dropped import CopiedPages, DroppedPages
 from sink_vllm.policy.plan import PageMove
@@ -121,6 +123,60 @@ class PageLedger:
             self.pool.free_blocks(self._retained)
             self._retained = []
             self._num_retained.clear()
+
+    def rewritten(self, block: KVCacheBlock, reserved: int) -> KVCacheBlock:
+        """The page an owner of ``block`` may change in its place: itself, or a private copy.
+
+        A page somebody else owns, too, is copied. A hashed page of its owner alone is copied
+        while pages last that nobody has been promised, to stay useful to others; else it gives up
+        its hash. The caller plans the move; the source of a copy is retained until then.
+
+        Args:
+            block: a page the caller owns.
+            reserved: free pages that must be left for pages that have to be copied.
+        """
+        if not self.is_shared(block):
+            if block.block_hash is None:
+                return block
+            if self.spare <= 0 or self.num_free <= reserved:
+                self.pool.evict_blocks({block.block_id})
+                return block
+            self.spare -= 1
+        (target,) = self.pool.get_new_blocks(1)
+        self.retain(block)
+        return target
+
+    # -- the prefix cache -------------------------------------------------------------------
+
+    @contextmanager
+    def noting_fresh(self, manager: SingleTypeKVCacheManager, request_id: str) -> Iterator[None]:
+        """Note the pages of a request that enter the prefix cache inside."""
+        before = manager.num_cached_block.get(request_id, 0)
+        yield
+        after = manager.num_cached_block.get(request_id, 0)
+        if after > before:
+            entered = manager.req_to_blocks[request_id][before:after]
+            self.fresh.update(block.block_id for block in entered)
+
+    def is_movable(self, block_hash: BlockHash, groups: list[int]) -> bool:
+        """Whether the prefix cache has a page in all ``groups`` that moves of this step may
+        read."""
+        found = self.pool.get_cached_block(block_hash, groups)
+        return found is not None and not any(block.block_id in self.fresh for block in found)
+
+    def cached(self, group: int, hashes: Sequence[BlockHash]) -> list[KVCacheBlock]:
+        """The pages of a KV cache group that the prefix cache has under ``hashes``.
+
+        Raises:
+            KeyError: it does not have one of them.
+        """
+        pages: list[KVCacheBlock] = []
+        for block_hash in hashes:
+            found = self.pool.get_cached_block(block_hash, [group])
+            if not found:
+                raise KeyError(block_hash)
+            pages += found
+        return pages
 
     # -- accounts ---------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, overload
 from vllm.v1.request import Request
 from vllm.v1.utils import ConstantList
 
-from sink_vllm.policy.look_back import repetition_look_back
+from sink_vllm.policy.look_back import RepetitionParams, repetition_look_back
 
 
 class OutputTail(Sequence[int]):
@@ -65,12 +65,17 @@ class OutputTail(Sequence[int]):
         return self._cached[len(self) - back]
 
 
-def keep_evicted(request: Request, first: int, count: int) -> None:
-    """``count`` output tokens of ``request``, from number ``first`` on, are about to be dropped."""
+def keep_evicted(request: Request, asked: RepetitionParams, first: int, count: int) -> None:
+    """``count`` output tokens of ``request``, from number ``first`` on, are about to be dropped.
+
+    Args:
+        request: whose output is looked at.
+        asked: how far back.
+        first: index in vLLM's list of output tokens.
+        count: of tokens.
+    """
     view: Any = request.output_token_ids
     if not isinstance(view, OutputTail):
-        params = request.sampling_params
-        asked = None if params is None else params.repetition_detection
         length = repetition_look_back(asked, request.max_tokens)
         if not length:
             return

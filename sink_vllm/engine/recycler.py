@@ -8,10 +8,16 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from sink_vllm.engine.account import Account
 from sink_vllm.engine.hashing import PageHasher
-from sink_vllm.engine.pending import PendingTokens, as_array
-from sink_vllm.engine.stream import Stream, compact, settle, show
+from sink_vllm.engine.stream import (
+    Account,
+    PendingTokens,
+    Stream,
+    as_array,
+    compact,
+    settle,
+    show,
+)
 from sink_vllm.engine.tables import FoundPages, PageTables
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.request_options import RequestPolicy

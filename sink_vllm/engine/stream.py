@@ -1,18 +1,89 @@
-"""Per-request state of the policy in the scheduler, and the surgery on vLLM's ``Request``."""
+"""A stream in the engine core: its state beyond vLLM's ``Request``, and the surgery on that.
+
+What one eviction does to a request, with ``S = 2``, ``g = 3``; tokens ``p`` of the prompt, ``o`` of
+the output, and ``q`` of the prompt that the engine has not seen yet (*pending*)::
+
+    before   p0 p1 | p2 p3 o0 | o1 o2 o3            num_computed_tokens = C
+             sinks   evicted    window
+    after    p0 p1 | o1 o2 o3                        num_computed_tokens = C - g
+
+    num_prompt  4 -> 2      prompt tokens that are still there, sinks first
+    first_output  0 -> 0    output tokens among the sinks, which stay
+    dropped_outputs = 1     max_tokens and min_tokens shrink by as many
+
+A prompt longer than ``C`` comes in by ``g`` tokens with each eviction, instead of the output.
+"""
 
 from __future__ import annotations
 
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.engine.output_tail import keep_evicted
-from sink_vllm.engine.pending import PendingTokens
 from sink_vllm.policy.schedule import Schedule
+from sink_vllm.policy.stats import StreamingLLMStats
+
+# Below vLLM's own logger, whose handlers print it.
+logger = init_logger(f"vllm.{__name__}")
+
+_TRIM = 1 << 16  # tokens that were taken and are still held, at most (or half of all)
+_PIECE = 1 << 14  # tokens; a third of a millisecond
+BREATH = 1e-4
+"""Seconds to sleep between pieces of long work beside the engine's loop: it wants the interpreter,
+too, and would wait for a time slice of the thread that works, which is longer than a piece."""
+_EVICTIONS_PER_LOG_LINE = 1000
+
+
+def as_array(tokens: Sequence[int]) -> array[int]:
+    """``tokens`` at 4 bytes each; in pieces, because one call would keep other threads waiting."""
+    made = array("i")
+    for begin in range(0, len(tokens), _PIECE):
+        made.extend(tokens[begin : begin + _PIECE])
+        if begin:
+            time.sleep(BREATH)
+    return made
+
+
+class PendingTokens:
+    """The rest of a prompt, taken from its start; 4 bytes a token.
+
+    Several may share one array, which none of them changes: a prompt that is looked at again from
+    another position costs nothing.
+    """
+
+    __slots__ = ("_at", "_tokens")
+
+    def __init__(self, tokens: array[int] | None = None, at: int = 0) -> None:
+        """``tokens[at:]``; nothing by default."""
+        self._tokens = array("i") if tokens is None else tokens
+        self._at = min(at, len(self._tokens))
+
+    @classmethod
+    def of(cls, tokens: Sequence[int]) -> PendingTokens:
+        return cls(array("i", tokens))
+
+    def __len__(self) -> int:
+        return len(self._tokens) - self._at
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tokens[self._at :])
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` tokens, or what is left."""
+        taken = self._tokens[self._at : self._at + count].tolist()
+        self._at += len(taken)
+        if self._at > _TRIM and 2 * self._at > len(self._tokens):
+            self._tokens, self._at = self._tokens[self._at :], 0
+        elif self._at == len(self._tokens):
+            self._tokens, self._at = array("i"), 0
+        return taken
 
 
 @dataclass(slots=True)
@@ -103,8 +174,9 @@ def compact(request: Request, stream: Stream) -> None:
     prompt = request.prompt_token_ids[:begin] + request.prompt_token_ids[prompt_end:]
     del request._all_token_ids[begin:end]
     first_output = max(begin - num_prompt, 0)
-    if dropped_outputs:
-        keep_evicted(request, first_output, dropped_outputs)
+    params = request.sampling_params
+    if dropped_outputs and params is not None and params.repetition_detection is not None:
+        keep_evicted(request, params.repetition_detection, first_output, dropped_outputs)
     del request._output_token_ids[first_output : first_output + dropped_outputs]
     if stream.pending:
         arrivals = stream.pending.take(schedule.stride)
@@ -114,7 +186,6 @@ def compact(request: Request, stream: Stream) -> None:
     request.num_prompt_tokens = len(prompt)
     request.num_computed_tokens -= schedule.stride
     request.max_tokens -= dropped_outputs
-    params = request.sampling_params
     if params is not None and params.min_tokens and dropped_outputs:
         params = copy(params)
         params.min_tokens = max(params.min_tokens - dropped_outputs, 0)
@@ -123,3 +194,40 @@ def compact(request: Request, stream: Stream) -> None:
     stream.evictions += 1
     stream.evicted_from_chain += schedule.stride
     stream.chain_evictions += 1
+
+
+class Account:
+    """Evictions of all streams of an engine core."""
+
+    def __init__(self) -> None:
+        self.stats = StreamingLLMStats()
+        self.due: set[str] = set()
+        """Requests whose next output should tell the client what was evicted."""
+        self._evictions = 0
+
+    def evicted(self, request_id: str, stream: Stream, evictions: int, open_streams: int) -> None:
+        """``stream`` has just made ``evictions``, or skipped them with their tokens."""
+        if not evictions:
+            return
+        self.stats.streams += stream.evictions == evictions
+        self.stats.evictions += evictions
+        self.stats.tokens += evictions * stream.schedule.stride
+        self.due.add(request_id)
+        logged = self._evictions // _EVICTIONS_PER_LOG_LINE
+        self._evictions += evictions
+        if self._evictions // _EVICTIONS_PER_LOG_LINE > logged:
+            logger.info(
+                "StreamingLLM: %d evictions so far; %d streams are open.",
+                self._evictions,
+                open_streams,
+            )
+
+    def resumed(self, request_id: str) -> None:
+        """A stream goes on from cached pages; its client should know where it stands."""
+        self.stats.resumed += 1
+        self.due.add(request_id)
+
+    def take_stats(self) -> StreamingLLMStats:
+        """What happened since the last call."""
+        stats, self.stats = self.stats, StreamingLLMStats()
+        return stats

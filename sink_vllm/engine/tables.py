@@ -81,17 +81,38 @@ class PageTables:
         windowed = sum(min(pages, one.pages_per_stream) for one in self.windowed)
         return len(self.full) * pages + windowed
 
-    def pages_after(self, computed: int, processed: int, tokens: int) -> int:
+    def pages_after(self, processed: int, tokens: int) -> int:
         """Pages in the tables of a request with ``tokens`` cached tokens after this step.
 
         Args:
-            computed: cached tokens before it; the windows of those still in flight stay.
-            processed: cached tokens whose step has been processed.
+            processed: cached tokens whose step has been processed; the windows of those in flight
+                stay.
             tokens: cached tokens after it.
         """
-        assert processed <= computed <= tokens
         windowed = sum(one.pages_after(processed, tokens) for one in self.windowed)
         return len(self.full) * cdiv(tokens, self.block_size) + windowed
+
+    def longest_chunk(self, computed: int, in_flight: int, tokens: int, allowed: int) -> int:
+        """Tokens of a chunk that leaves a request with ``allowed`` pages in its tables.
+
+        Windowed layers need more pages for a long chunk than they hold afterwards. Windows of
+        chunks in flight are kept until those are done; then one token always fits.
+
+        Args:
+            computed: cached tokens before the chunk, those in flight included.
+            in_flight: of steps that have not been processed.
+            tokens: of the chunk, at most.
+            allowed: pages, pinned ones not counted.
+        """
+        processed = max(computed - in_flight, 0)
+        least = 0 if in_flight else 1
+        while tokens > least:
+            after = computed + tokens
+            if self.pages_after(processed, after) <= allowed:
+                break
+            # Back to the last boundary of pages before it.
+            tokens = max((after - 1) // self.block_size * self.block_size - computed, least)
+        return tokens
 
     # -- eviction ---------------------------------------------------------------------------
 

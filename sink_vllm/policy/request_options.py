@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sink_vllm.policy.config import PIN_MODES, POLICIES, POLICY_KEY, SinkConfig, flag
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.options import PIN_MODES, POLICIES, POLICY_KEY, flag
 from sink_vllm.policy.schedule import Schedule, pages_per_stream
 
 TOKENS_KEY = "sink_tokens"

@@ -1,1 +1,1 @@
-"""What sink_vllm changes in the processes that build the configuration and talk to clients."""
+"""The API server, and whoever builds the configuration: flags, lengths, requests, responses."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from sink_vllm.compat.patching import Patch
 from sink_vllm.gate.refused import end_with_the_sentence
-from sink_vllm.policy.config import (
+from sink_vllm.policy.options import (
     DEFAULT_SINK_TOKENS,
     OPTION_KEYS,
     PIN_MODES,

@@ -16,7 +16,8 @@ from sink_vllm.compat.patching import Patch
 from sink_vllm.gate.check import check
 from sink_vllm.gate.facts import Facts, facts_of, model_facts
 from sink_vllm.gate.refused import Refused, refusals
-from sink_vllm.policy.config import SinkConfig, SinkOptions
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.options import SinkOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

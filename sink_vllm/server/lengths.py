@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sink_vllm.compat.patching import Patch
-from sink_vllm.policy.config import MOST_STREAM_TOKENS, SinkConfig
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.options import MOST_STREAM_TOKENS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

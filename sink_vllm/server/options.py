@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sink_vllm.compat.patching import Patch
-from sink_vllm.policy.config import POLICY_KEY, SinkConfig, flag
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.options import POLICY_KEY, flag
 from sink_vllm.policy.request_options import (
     BOUND_KEY,
     PIN_KEY,

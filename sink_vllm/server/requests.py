@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sink_vllm.compat.patching import Patch
-from sink_vllm.policy.config import POLICY_KEY, SinkConfig
+from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.look_back import MOST_LOOK_BACK, longest, repetition_look_back
+from sink_vllm.policy.options import POLICY_KEY
 from sink_vllm.server.lengths import FRONT_MAX, policy_of
 from sink_vllm.server.options import PINNED_KEY, apply_options, refuse_options
 

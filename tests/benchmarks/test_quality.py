@@ -15,7 +15,7 @@ from benchmarks.quality.arms import Arm, host, shared, sink
 from benchmarks.quality.buckets import Buckets, Interval, Series, ratio
 from benchmarks.quality.isolate import WorkError, isolated
 from benchmarks.quality.short import last_line
-from benchmarks.quality.store import Store, StoreError, read
+from benchmarks.quality.store import Store, StoreError, units
 from benchmarks.quality.tables import BEGIN, END, into
 from benchmarks.quality.texts import TextError, Texts
 from benchmarks.quality.work import Sampling, run_streams, window_before
@@ -117,6 +117,7 @@ def test_a_run_goes_on_where_it_was_interrupted(
     def run(texts: dict[str, list[int]]) -> None:
         store = Store(tmp_path / "run", settings)
         run_streams(store, "m", {"sink": SMALL}, texts, Sampling(1, 10), streams=1)
+        store.pack()
 
     with pytest.raises(WorkError):
         run(texts)
@@ -124,9 +125,8 @@ def test_a_run_goes_on_where_it_was_interrupted(
     run(texts)
 
     assert len(calls) == 4, "a and the failing b, then b and c, then nothing"
-    facts, series = read(tmp_path / "run" / "sink-b.jsonl")
-    assert facts["text"] == "b"
-    assert series.at == {1: 5.0, 2: 6.0}
+    found = {facts["text"]: series.at for facts, series in units(tmp_path / "run")}
+    assert found == {"a": {1: 1.0, 2: 2.0}, "b": {1: 5.0, 2: 6.0}, "c": {1: 3.0}}
     assert len(json.loads((tmp_path / "run" / "meta.json").read_text())) == 3
 
 

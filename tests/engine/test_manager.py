@@ -18,7 +18,7 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.request import Request
 
 from sink_vllm.compat.spec import StreamingLLMSpec
-from sink_vllm.engine import account
+from sink_vllm.engine import stream
 from sink_vllm.engine.ledger import IntegrityError
 from sink_vllm.engine.managers.streaming import StreamingLLMManager
 from sink_vllm.engine.recycler import Recycler
@@ -415,7 +415,7 @@ def test_the_ledger_names_a_page_and_both_numbers() -> None:
 def test_evictions_are_logged_once_in_a_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line per 1,000 evictions, however many streams make them."""
     logged: list[int] = []
-    monkeypatch.setattr(account.logger, "info", lambda _text, total, _open: logged.append(total))
+    monkeypatch.setattr(stream.logger, "info", lambda _text, total, _open: logged.append(total))
     schedule = Schedule(sink_tokens=4, window=4, stride=4)
     run = Run(Pool(schedule, 20), "a", list(range(5)))
 

@@ -7,8 +7,7 @@ import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from sink_vllm.engine.pending import PendingTokens
-from sink_vllm.engine.stream import Stream, compact, show
+from sink_vllm.engine.stream import PendingTokens, Stream, compact, show
 from sink_vllm.policy.schedule import Schedule
 
 GRID = [

@@ -166,7 +166,11 @@ def test_the_command_runs_without_a_gpu(
     assert all(("rotate_at_read_ms=" in row) != ("cannot=" in row) for row in rows)
     assert all("rotate_at_read_ms=" in row for row in rows if "by=torch" in row)
     (folder,) = tmp_path.iterdir()
-    assert {file.name for file in folder.iterdir()} == {"meta.json", "rows.jsonl", "summary.json"}
+    assert {file.name for file in folder.iterdir()} == {
+        "meta.json",
+        "rows.jsonl.zst",
+        "summary.json",
+    }
     assert not (RESULTS / folder.name).exists()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sink_vllm.policy.config import OPTION_KEYS, SinkConfig, SinkOptions, flag
+from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.options import OPTION_KEYS, SinkOptions, flag
 from sink_vllm.policy.schedule import Schedule
 
 SINK = {"kv_policy": "sink"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sink_vllm.policy.config import OPTION_KEYS, flag
+from sink_vllm.policy.options import OPTION_KEYS, flag
 from tests.support.paths import ROOT
 
 PAGES = [

@@ -9,6 +9,7 @@ import httpx
 import psutil
 import pytest
 
+from examples.processes import titled
 from examples.ray_serve.local import local_cluster
 from tests.conftest import ModelFactory
 from tests.support.serving import Client, tiny_server
@@ -31,8 +32,7 @@ def ray_address() -> Iterator[str]:
 
 def workers() -> list[psutil.Process]:
     """The workers' Ray actors, which are below the nodes that this process started."""
-    found = psutil.Process().children(recursive=True)
-    return [p for p in found if "CPURayWorkerProc" in " ".join(p.cmdline())]
+    return titled("CPURayWorkerProc")
 
 
 def test_health_tells_that_a_worker_is_dead(

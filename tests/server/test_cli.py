@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from sink_vllm.plugin import register
-from sink_vllm.policy.config import OPTION_KEYS
+from sink_vllm.policy.options import OPTION_KEYS
 from sink_vllm.server import cli
 
 ALL_FLAGS = [

@@ -28,15 +28,8 @@ from vllm.v1.request import Request
 
 from sink_vllm.compat.spec import StreamingLLMSpec
 from sink_vllm.engine.dropped import CopiedPages
+from sink_vllm.engine.hashing import ALL_PAGES
 from sink_vllm.engine.ledger import PageLedger
-from sink_vllm.engine.managers.page_change import (
-    ALL_PAGES,
-    cached_pages,
-    is_movable,
-    move_of,
-    noting_fresh,
-    rewritten,
-)
 from sink_vllm.policy.plan import PageMove
 from sink_vllm.policy.schedule import EvictionPages, RopeAnchors, Schedule
 
@@ -134,8 +127,8 @@ class StreamingLLMManager(FullAttentionManager):
             sink_delta: rope positions between the sinks as first computed and as seen from now on.
             reserved: free pages that must be left for the other tables of this stream.
         """
-        table = self.req_to_blocks[request_id]
-        pages = EvictionPages.of(schedule, self.block_size)
+        group, size, table = self.kv_cache_group_id, self.block_size, self.req_to_blocks[request_id]
+        pages = EvictionPages.of(schedule, size)
         for index in range(pages.sink_full):
             if table[index].is_null:  # the first eviction
                 (table[index],) = self.block_pool.get_new_blocks(1)
@@ -146,13 +139,15 @@ class StreamingLLMManager(FullAttentionManager):
         for index in range(begin, end):
             block = table[index]
             mandatory -= self.ledger.is_shared(block)
-            target = rewritten(self.ledger, block, mandatory)
+            target = self.ledger.rewritten(block, mandatory)
             if target is not block:
                 table[index] = target
                 self._copied.add(request_id, block, (index - begin) // pages.dropped + 1)
             if target is not block or window_delta:
                 first = pages.border_sinks if index == begin else 0
-                moves.append(move_of(self, block, target, first, self.block_size, window_delta))
+                moves.append(
+                    PageMove(block.block_id, target.block_id, first, size, window_delta, group)
+                )
         return moves + self._sink_moves(request_id, schedule, sink_delta)
 
     def _is_first(self, request_id: str) -> bool:
@@ -167,12 +162,12 @@ class StreamingLLMManager(FullAttentionManager):
 
     def _sink_moves(self, request_id: str, schedule: Schedule, delta: int) -> list[PageMove]:
         """Write the sinks into the head pages, rotated from their pristine keys."""
-        sinks, size = schedule.sink_tokens, self.block_size
-        sources = self.ledger.pinned(self.kv_cache_group_id, request_id) or ()
+        sinks, size, group = schedule.sink_tokens, self.block_size, self.kv_cache_group_id
+        sources = self.ledger.pinned(group, request_id) or ()
         table = self.req_to_blocks[request_id]
         return [
-            move_of(self, source, target, 0, min(size, sinks - index * size), delta)
-            for index, (source, target) in enumerate(zip(sources, table, strict=False))
+            PageMove(src.block_id, dst.block_id, 0, min(size, sinks - index * size), delta, group)
+            for index, (src, dst) in enumerate(zip(sources, table, strict=False))
         ]
 
     @property
@@ -187,15 +182,15 @@ class StreamingLLMManager(FullAttentionManager):
 
     def is_cached(self, block_hash: BlockHash) -> bool:
         """The same, of pages that moves of this step may read."""
-        return is_movable(self, self.ledger, block_hash, self.lookup_groups)
+        return self.ledger.is_movable(block_hash, self.lookup_groups)
 
     def found(self, schedule: Schedule, hashes: Sequence[BlockHash], end: int) -> Resumption:
         """The cached pages that a stream is resumed from at a boundary ``find_resume`` gave."""
         sinks = EvictionPages.of(schedule, self.block_size).sinks
         first, evictions = self.first_page(schedule, end), self.evictions_at(schedule, end)
         return Resumption(
-            cached_pages(self, hashes[:sinks]),
-            cached_pages(self, hashes[first:end]),
+            self.ledger.cached(self.kv_cache_group_id, hashes[:sinks]),
+            self.ledger.cached(self.kv_cache_group_id, hashes[first:end]),
             [
                 self.age(schedule, page, evictions) * -self.anchors.span
                 for page in range(first, end)
@@ -217,8 +212,9 @@ class StreamingLLMManager(FullAttentionManager):
             end: pages before the boundary.
             reserved: free pages that must be left for others.
         """
-        pages = EvictionPages.of(schedule, self.block_size)
-        self.ledger.pin(self.kv_cache_group_id, request_id, found.sinks)
+        group, size = self.kv_cache_group_id, self.block_size
+        pages = EvictionPages.of(schedule, size)
+        self.ledger.pin(group, request_id, found.sinks)
         table = self.block_pool.get_new_blocks(pages.sink_full)
         self.req_to_blocks[request_id] = table
         moves: list[PageMove] = []
@@ -234,12 +230,14 @@ class StreamingLLMManager(FullAttentionManager):
             target = block
             if changed[index]:
                 mandatory -= self.ledger.is_shared(block)
-                target = rewritten(self.ledger, block, mandatory)
+                target = self.ledger.rewritten(block, mandatory)
                 if target is not block:
                     self._copied.add(request_id, block, index // pages.dropped + 1)
                 if target is not block or delta:
                     begin = pages.border_sinks if index == 0 else 0
-                    moves.append(move_of(self, block, target, begin, self.block_size, delta))
+                    moves.append(
+                        PageMove(block.block_id, target.block_id, begin, size, delta, group)
+                    )
             table.append(target)
         self.num_cached_block[request_id] = len(table)
         evictions = self.evictions_at(schedule, end)
@@ -281,7 +279,7 @@ class StreamingLLMManager(FullAttentionManager):
     # -- what vLLM calls --------------------------------------------------------------------
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        with noting_fresh(self, self.ledger, request.request_id):
+        with self.ledger.noting_fresh(self, request.request_id):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def stop_hashing(self, request_id: str) -> None:

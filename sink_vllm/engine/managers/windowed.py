@@ -12,15 +12,8 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
+from sink_vllm.engine.hashing import ALL_PAGES
 from sink_vllm.engine.ledger import PageLedger
-from sink_vllm.engine.managers.page_change import (
-    ALL_PAGES,
-    cached_pages,
-    is_movable,
-    move_of,
-    noting_fresh,
-    rewritten,
-)
 from sink_vllm.policy.plan import PageMove
 from sink_vllm.policy.schedule import Schedule, cdiv
 
@@ -85,8 +78,9 @@ class StreamingLLMWindowManager(SlidingWindowManager):
         self, block: KVCacheBlock, delta: int, reserved: int, moves: list[PageMove]
     ) -> KVCacheBlock:
         """The page with the keys of ``block`` rotated by ``delta``: itself, or a copy."""
-        target = rewritten(self.ledger, block, reserved)
-        moves.append(move_of(self, block, target, 0, self.block_size, delta))
+        target = self.ledger.rewritten(block, reserved)
+        group, size = self.kv_cache_group_id, self.block_size
+        moves.append(PageMove(block.block_id, target.block_id, 0, size, delta, group))
         return target
 
     @property
@@ -111,18 +105,18 @@ class StreamingLLMWindowManager(SlidingWindowManager):
 
         A stream is resumed at the longest boundary that is cached, wherever that is.
         """
-        with noting_fresh(self, self.ledger, request.request_id):
+        with self.ledger.noting_fresh(self, request.request_id):
             super().cache_blocks(request, num_tokens, None, replay_boundaries=replay_boundaries)
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
     def is_cached(self, block_hash: BlockHash) -> bool:
         """Whether the prefix cache has a page of this table."""
-        return is_movable(self, self.ledger, block_hash, [self.kv_cache_group_id])
+        return self.ledger.is_movable(block_hash, [self.kv_cache_group_id])
 
     def found(self, hashes: Sequence[BlockHash], end: int) -> list[KVCacheBlock]:
         """The cached pages that a stream is resumed from at a boundary ``find_resume`` gave."""
-        return cached_pages(self, hashes[self.first_page(end) : end])
+        return self.ledger.cached(self.kv_cache_group_id, hashes[self.first_page(end) : end])
 
     def pages_to_resume(self, found: Sequence[KVCacheBlock], deltas: Sequence[int]) -> int:
         """Free pages a resumption takes beside the cached ones: copies of pages that are rotated

@@ -24,7 +24,7 @@ from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from sink_vllm.policy.config import SinkOptions
+from sink_vllm.policy.options import SinkOptions
 from sink_vllm.policy.request_options import PIN_KEY, RequestPolicy
 from sink_vllm.server.lengths import policy_of
 from sink_vllm.server.options import apply_options

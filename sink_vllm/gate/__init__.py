@@ -1,0 +1,1 @@
+"""What is refused at start-up, and how a refused start ends."""
