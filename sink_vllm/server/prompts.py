@@ -5,7 +5,7 @@ response ends. A client that streams without end would pin it for ever, so what 
 (``FREE`` stands for nothing kept, ``LENGTH`` for the number of tokens)::
 
     EngineInput in AsyncLLM.generate     FREE     OutputsOf, here
-    RequestState, RequestOutput          LENGTH   sink_vllm.server.memory
+    RequestState, RequestOutput          LENGTH   sink_vllm.server.response_state
     detokenizer                          FREE     sink_vllm.server.detokenizer
     arguments of the stream generators   LENGTH   Luggage, here, for sink_vllm.server.events
     body of the HTTP request             FREE     forget_body, here, for sink_vllm.server.events
