@@ -76,7 +76,7 @@ class Rendering:
         (prompt,) = await self._renderer.preprocess_completion(request, given, None)
         return _ids(prompt)
 
-    def settle(
+    def resolve(
         self, options: dict[str, Any], prompt: Any
     ) -> tuple[dict[str, Any], Schedule | None]:
         """What ``options`` come to in front of ``prompt`` (vLLM's ``EngineInput``, or ``None``).
@@ -90,15 +90,15 @@ class Rendering:
         """
         params = SamplingParams(extra_args=dict(options))
         apply_options(params, prompt, self._config)
-        settled = params.extra_args or {}
-        return settled, RequestPolicy.parse(settled, self._policy)
+        resolved = params.extra_args or {}
+        return resolved, RequestPolicy.parse(resolved, self._policy)
 
     async def _first(
         self, stream: StoredStream, messages: list[dict[str, str]], answer: bool
     ) -> list[int]:
         """Render the first messages of ``stream``, and pin their system message if it wants."""
         prompt = await self._prompt(messages, answer, stream.options)
-        stream.options, stream.schedule = self.settle(stream.options, prompt)
+        stream.options, stream.schedule = self.resolve(stream.options, prompt)
         return _ids(prompt)
 
     async def _render(self, messages: list[dict[str, str]], answer: bool) -> list[int]:
