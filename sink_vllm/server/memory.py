@@ -1,4 +1,4 @@
-"""Streamed responses take constant memory in the front end, however long they get.
+"""The output processor, under which streamed responses of any length take constant memory.
 
 What vLLM accumulates per request (in ``OutputProcessor``) and what becomes of it here, for
 streamed (DELTA) requests only; a response in one piece is as long as it is:
@@ -95,7 +95,7 @@ class EndlessOutputProcessor(OutputProcessor):
 
 
 def adopt(output_processor: Any, policy: SinkConfig) -> None:
-    """Make vLLM's output processor one for the endless streams of ``policy``.
+    """Make vLLM's output processor one for the endless responses of ``policy``.
 
     Call it before the first request.
 

@@ -1,4 +1,4 @@
-"""One response in the front end's memory: vLLM's state of it, which forgets what it has sent.
+"""The front end's state of one response, vLLM's own, which forgets what it has sent.
 
 ``sink_vllm.server.memory`` makes it so, and tells what is forgotten and what stays.
 """
@@ -93,7 +93,7 @@ class EndlessRequestState(RequestState):
                 *args,
                 **kwargs,
             )
-        # Once per token of every stream: what is rarely needed is asked for first.
+        # Once per token of every response: what is rarely needed is asked for first.
         if self._keeps_prompt and not self._shared.untold:
             self._forget_prompt()
         if kv_transfer_params is not None:
