@@ -65,7 +65,7 @@ OBJECT_CHANGES = (
         for what in ("front.model_config", "front.model_config.max_model_len")
     ),
     ObjectChange("sink_vllm.server.memory", "*.__class__", "0043-endless-responses"),
-    ObjectChange("sink_vllm.server.memory", "processor.logprobs", "0043-endless-responses"),
+    ObjectChange("sink_vllm.server.response_state", "processor.logprobs", "0043-endless-responses"),
     ObjectChange("sink_vllm.server.memory", "processed.reqs_to_abort", "0043-endless-responses"),
     ObjectChange("sink_vllm.server.detokenizer", "*.__class__", "0043-endless-responses"),
     ObjectChange(

@@ -98,9 +98,9 @@ class EndlessFastDetokenizer(_ForgetfulText, FastIncrementalDetokenizer):
         self._held: list[int] = []
 
     def begin_after(self, prompt_token_ids: Sequence[int]) -> None:
-        """``prompt_token_ids``: what the stream was primed with.
+        """``prompt_token_ids``: what the ``DecodeStream`` was primed with.
 
-        The stream decodes all of it with its first step, which would make the first token of an
+        It decodes all of it with its first step, which would make the first token of an
         answer wait for the whole conversation; the end is enough.
         """
         self._context = self._end_of(prompt_token_ids)
@@ -123,9 +123,9 @@ class EndlessFastDetokenizer(_ForgetfulText, FastIncrementalDetokenizer):
         return token_ids
 
     def _protected_step(self, next_token_id: int) -> str | None:
-        stream = self.stream
+        decoder = self.stream
         text = super()._protected_step(next_token_id)
-        if self.stream is not stream:  # vLLM has started a new one with this token
+        if self.stream is not decoder:  # vLLM has started a new one with this token
             self._context, self._held = (), []
         if text is not None:
             if not self._held:  # nearly always

@@ -1,9 +1,9 @@
-"""Streams of ``/v1/completions`` and ``/v1/chat/completions``: reports, and nothing kept.
+"""Patches of vLLM's server-sent events: they carry the account of evictions, and nothing is kept.
 
-vLLM's stream generators turn outputs of the engine into server-sent events. They do not pass
-``kv_transfer_params`` on, the one for chat keeps the text of the whole response for the request
-log, and both keep the prompt. They are wrapped from outside: the outputs that go in are watched,
-the events that come out get the report.
+vLLM's generators of events, for ``/v1/completions`` and ``/v1/chat/completions``, are fed with
+outputs of the engine. They do not pass ``kv_transfer_params`` on, the one for chat keeps the text
+of the whole response for the request log, and both keep the prompt. They are wrapped from outside:
+the outputs that go in are watched, the events that come out get the report.
 """
 
 import inspect
@@ -34,7 +34,7 @@ class Unkept(str):
 
 
 class _Watch:
-    """The outputs on their way into a stream generator."""
+    """The outputs on their way into a generator of events."""
 
     def __init__(
         self, outputs: AsyncIterator[Any], choices: int, keep_text: bool, luggage: Luggage
@@ -63,7 +63,7 @@ class _Watch:
                 self._luggage.told(prompt_index, output)
 
 
-def _wrap_stream(
+def _wrap_events(
     keeps_text: Callable[[Any], bool],
 ) -> Callable[[Callable[..., AsyncGenerator[str, None]]], Callable[..., Any]]:
     def wrap(original: Callable[..., AsyncGenerator[str, None]]) -> Callable[..., Any]:
@@ -85,12 +85,12 @@ def _wrap_stream(
                     async for chunk in chunks:
                         yield onto_chunk(chunk, watch.reports) if watch.reports else chunk
 
-        def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
+        def events(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
             if policy_of(self.model_config) is None:
                 return original(self, *args, **kwargs)
             return watched(signature.bind(self, *args, **kwargs))
 
-        return stream
+        return events
 
     return wrap
 
@@ -103,12 +103,12 @@ def _chat_keeps_text(handler: Any) -> bool:
 
 
 def _wrap_create(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For both handlers: the body is of no use when a stream has been made of it."""
+    """For both handlers: the body is of no use when a streamed response has been made of it."""
 
     async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
         response = await original(self, request, raw_request)
-        streams = isinstance(response, AsyncGenerator)
-        if streams and raw_request is not None and policy_of(self.model_config) is not None:
+        streamed = isinstance(response, AsyncGenerator)
+        if streamed and raw_request is not None and policy_of(self.model_config) is not None:
             forget_body(raw_request)
         return response
 
@@ -135,31 +135,31 @@ PATCHES = (
     Patch(
         target="vllm.entrypoints.openai.completion.serving:"
         "OpenAIServingCompletion.completion_stream_generator",
-        wrapper=_wrap_stream(lambda _handler: True),
-        record="0007-response-streams",
+        wrapper=_wrap_events(lambda _handler: True),
+        record="0007-streamed-responses",
     ),
     Patch(
         target="vllm.entrypoints.openai.completion.serving:"
         "OpenAIServingCompletion.request_output_to_completion_response",
         wrapper=_wrap_full_completion,
-        record="0007-response-streams",
+        record="0007-streamed-responses",
     ),
     Patch(
         target="vllm.entrypoints.openai.chat_completion.serving:"
         "OpenAIServingChat.chat_completion_stream_generator",
-        wrapper=_wrap_stream(_chat_keeps_text),
-        record="0007-response-streams",
+        wrapper=_wrap_events(_chat_keeps_text),
+        record="0007-streamed-responses",
     ),
     Patch(
         target="vllm.entrypoints.openai.completion.serving:"
         "OpenAIServingCompletion.create_completion",
         wrapper=_wrap_create,
-        record="0007-response-streams",
+        record="0007-streamed-responses",
     ),
     Patch(
         target="vllm.entrypoints.openai.chat_completion.serving:"
         "OpenAIServingChat.create_chat_completion",
         wrapper=_wrap_create,
-        record="0007-response-streams",
+        record="0007-streamed-responses",
     ),
 )

@@ -1,4 +1,4 @@
-"""The front-end half of an engine, ``AsyncLLM`` or ``LLMEngine``, under the policy.
+"""Patches of ``AsyncLLM`` and ``LLMEngine``: what the front end of an engine gets as it is made.
 
 Their constructors are the one place that sees the configuration and everything made from it, so
 this is where the front end gets its own view of the lengths, its counters in ``/metrics``, and

@@ -1,4 +1,4 @@
-"""The front end does not see the engine's length limit.
+"""The front end's own view of the configuration, in which lengths have no limit.
 
 The engine's ``max_model_len`` is ``C + 1``, the bounded sequence. Everything in the front end that
 compares lengths (renderers, tokenization, OpenAI handlers, input processor) reads

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the policy, in the server's ``/metrics`` beside vLLM's own.
+"""Metrics of the engines, made of ``policy.stats``: in ``/metrics``, beside vLLM's own.
 
 An ordinary vLLM stat logger, handed to ``AsyncLLM`` and ``LLMEngine`` as a constructor argument
 when the policy is on (``sink_vllm.server.front_end``). Not through the entry point

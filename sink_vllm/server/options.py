@@ -1,4 +1,4 @@
-"""Applies the options of one request, before the engine sees it.
+"""Writes a request's options (``policy.request_options``) into its sampling parameters, or refuses.
 
 They are checked twice with the same functions: when ``AsyncLLM.generate`` is called, so that a
 streamed response is refused with a 400 and not with an event inside a 200; and in

@@ -1,9 +1,9 @@
-"""``sink_pin``: the system message of a chat becomes its sink tokens.
+"""Patches that mark where the system message of a rendered chat ends (``policy.pinning`` finds it).
 
-Where vLLM renders a chat, over HTTP (completions, responses, Anthropic's messages) or in
-``LLM.chat``, messages, template and token ids are at hand together. There the length of the
-system message is written into the rendered prompt (vLLM's ``EngineInput``, a dictionary), and
-``sink_vllm.server.options`` turns it into sink tokens.
+With ``sink_pin`` the system message of a chat becomes its sink tokens. Where vLLM renders a chat,
+over HTTP (completions, responses, Anthropic's messages) or in ``LLM.chat``, messages, template and
+token ids are at hand together. There the length of the system message is written into the rendered
+prompt (vLLM's ``EngineInput``, a dictionary), and ``server.options`` turns it into sink tokens.
 """
 
 import inspect

@@ -1,13 +1,13 @@
 """The prompt of a streamed response is forgotten once its first token has been told.
 
 vLLM's front end keeps the prompt of a response, as token ids, text and messages, until the
-response ends. A client that streams without end would pin it for ever, so what holds it lets go
+response ends. A client that reads without end would pin it for ever, so what holds it lets go
 (``FREE`` stands for nothing kept, ``LENGTH`` for the number of tokens)::
 
     EngineInput in AsyncLLM.generate     FREE     OutputsOf, here
-    RequestState, RequestOutput          LENGTH   sink_vllm.server.memory
+    RequestState, RequestOutput          LENGTH   sink_vllm.server.response_state
     detokenizer                          FREE     sink_vllm.server.detokenizer
-    arguments of the stream generators   LENGTH   Luggage, here, for sink_vllm.server.events
+    arguments of the event generators    LENGTH   Luggage, here, for sink_vllm.server.events
     body of the HTTP request             FREE     forget_body, here, for sink_vllm.server.events
 
 The first output of every choice still has the whole prompt, which ``echo``, ``return_token_ids``
@@ -85,7 +85,7 @@ class OutputsOf(AsyncGenerator[Any, None]):
 
 
 class Luggage:
-    """What the arguments of a stream generator hold of its prompts.
+    """What the arguments of a generator of server-sent events hold of its prompts.
 
     Puts copies into ``arguments`` (by name) which forget the prompts while the generator runs;
     the handler's own objects stay as they are.

@@ -1,7 +1,6 @@
-"""The policy's metrics in Ray's own export, which is what a Ray Serve replica has.
+"""``server.metrics`` in Ray's own export, where a Ray Serve replica has no ``/metrics``.
 
-Ray Serve LLM gives vLLM's metrics this way too, labelled with the replica; there is no
-``/metrics`` route to read Prometheus counters from.
+Ray Serve LLM gives vLLM's own metrics this way too, labelled with the replica.
 """
 
 from vllm.v1.metrics.ray_wrappers import (

@@ -1,4 +1,4 @@
-"""Chat prompts are tokenized by segment (``sink_vllm.server.segments``) under the policy."""
+"""Patch of vLLM's renderer: chat prompts are tokenized by segment (``server.segments``)."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

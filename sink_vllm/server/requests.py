@@ -1,4 +1,4 @@
-"""Requests the policy cannot serve are refused with a 400, and lengths stay inside int32.
+"""Patches where requests enter the engine: options are applied, what cannot be served is a 400.
 
 All requests, over HTTP or from ``LLM`` and ``AsyncLLM``, pass ``InputProcessor.process_inputs``;
 only beam search is made of many small requests and is refused where it starts. What cannot be
@@ -156,7 +156,7 @@ def check_look_back(params: "SamplingParams", window: int) -> None:
 
 def _wrap_beam_search_online(original: Callable[..., Any]) -> Callable[..., Any]:
     # A plain function around an async generator: it raises when the handler calls it, so that the
-    # client gets a 400 and not a stream that starts with an error.
+    # client gets a 400 and not events that start with an error.
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_beam_search(self.engine_client.vllm_config)
         return original(self, *args, **kwargs)

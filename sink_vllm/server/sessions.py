@@ -6,15 +6,12 @@ how many tokens a session has; it ends a session there, as vLLM ends a request a
 """
 
 from collections.abc import Container, Iterable
-from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from sink_vllm.policy.request_options import check_bound
-
-if TYPE_CHECKING:
-    from sink_vllm.server.memory import EndlessRequestState
+from sink_vllm.server.response_state import EndlessRequestState
 
 _DISCARDED = 1  # the last token of an answer, when the next input takes its place
 
@@ -30,7 +27,7 @@ class SessionBound:
         self._most = most
         self._sessions: dict[str, EndlessRequestState] = {}
 
-    def open(self, state: "EndlessRequestState") -> None:
+    def open(self, state: EndlessRequestState) -> None:
         self._sessions[state.request_id] = state
 
     def check(self, request: EngineCoreRequest) -> None:
@@ -87,7 +84,7 @@ class SessionBound:
     def __bool__(self) -> bool:
         return bool(self._sessions)
 
-    def _is_too_long(self, state: "EndlessRequestState", room: int) -> bool:
+    def _is_too_long(self, state: EndlessRequestState, room: int) -> bool:
         """Whether the next input of ``state``, if one waits, leaves no ``room``."""
         if not state.input_chunk_queue:
             return False

@@ -1,9 +1,9 @@
 """Text a detokenizer holds back, and when it may let go of it.
 
 Incremental detokenization holds text back while it ends in an incomplete character (U+FFFD), and
-decodes everything it holds back again with every token. A stream of bytes that never form a
-character makes that grow for ever. The functions here cut the held-back tokens in two where the
-text of the first part is final: it is released, and only the second part is still held back.
+decodes everything it holds back again with every token. Bytes that never form a character make
+that grow for ever. The functions here cut the held-back tokens in two where the text of the first
+part is final: it is released, and only the second part is still held back.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def release(
         if any(decode([token]) for token in set(held)):
             return None
         return Release("", 0)
-    # Bytes may undo a character told already; vLLM's stream then starts anew, as it is.
+    # Bytes may undo a character told already; vLLM's ``DecodeStream`` then starts anew, as it is.
     tails = range(_SHORTEST_TAIL, _LONGEST_TAIL + 1) if whole.startswith(told) else ()
     for kept in tails:
         head, tail = held[:-kept], held[-kept:]

@@ -115,7 +115,7 @@ OURS = {
         "state",  # Starlette's, made for such things
         "raw_request.state",
     },
-    "sink_vllm.server.memory": {"self._shared"},
+    "sink_vllm.server.response_state": {"self._shared"},
     "sink_vllm.worker": {"layer", "step", "finish"},  # the steps of the self-test, made by it
     "sink_vllm.gate.refused": {"sys"},  # record 0001 tells of it
     "sink_vllm.plugin": {"os"},  # the environment of child processes

@@ -19,7 +19,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.v1.engine import FinishReason
 
 from sink_vllm.policy.report import KEY, Account, account_of_batch, onto_chunk, report_of
-from sink_vllm.server.events import Unkept, _chat_keeps_text, _wrap_stream
+from sink_vllm.server.events import Unkept, _chat_keeps_text, _wrap_events
 from sink_vllm.server.lengths import front_view
 from tests.conftest import ModelFactory
 from tests.support.outputs import Processor, byte_level, params
@@ -196,10 +196,10 @@ def _run(
             yield output
 
     async def collect() -> list[str]:
-        stream = _wrap_stream(keeps_text)(_stream)  # type: ignore[arg-type]
+        events = _wrap_events(keeps_text)(_stream)  # type: ignore[arg-type]
         request = CompletionRequest(model="m", seed=None, prompt="p", n=2)
         inputs = [{"type": "token", "prompt_token_ids": [1, 2]}] * 2
-        return [chunk async for chunk in stream(handler, request, inputs, source())]
+        return [chunk async for chunk in events(handler, request, inputs, source())]
 
     handler = SimpleNamespace(model_config=config.model_config)
     return asyncio.run(collect()), handler.collected

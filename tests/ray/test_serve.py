@@ -16,7 +16,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed (pip install 'si
 from examples.ray_serve.app import ROUTERS, Options, application_args  # noqa: E402
 from examples.ray_serve.client import Conversation, conversations, http_client  # noqa: E402
 from examples.ray_serve.local import LocalApp, local_cluster, running_app  # noqa: E402
-from sink_vllm.policy.config import SinkOptions  # noqa: E402
+from sink_vllm.policy.options import SinkOptions  # noqa: E402
 
 PAGE = 32
 TURNS = 4

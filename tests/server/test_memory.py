@@ -14,9 +14,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, FinishReason, detokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
-from sink_vllm.server import memory
-from sink_vllm.server.memory import EndlessRequestState, adopt
+from sink_vllm.server import response_state
+from sink_vllm.server.memory import adopt
 from sink_vllm.server.prompts import ToldPrompt
+from sink_vllm.server.response_state import EndlessRequestState
 from sink_vllm.server.withheld import GIVE_UP_AFTER
 from tests.support.outputs import POLICY, Processor, byte_fallback, byte_level, params
 
@@ -199,7 +200,7 @@ def test_responses_in_one_piece_keep_everything(kind: RequestOutputKind) -> None
 def test_client_that_stops_reading_is_aborted_with_what_was_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "STALLED_AFTER", 100)
+    monkeypatch.setattr(response_state, "STALLED_AFTER", 100)
     queue = RequestOutputCollector(RequestOutputKind.DELTA, "r")
     request = Processor(byte_level(), params(), ours=True, queue=queue)
     aborted: list[str] = []
@@ -222,7 +223,7 @@ def test_client_that_stops_reading_is_aborted_with_what_was_made(
 
 
 def test_client_that_reads_slowly_is_not_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "STALLED_AFTER", 100)
+    monkeypatch.setattr(response_state, "STALLED_AFTER", 100)
     queue = RequestOutputCollector(RequestOutputKind.DELTA, "r")
     request = Processor(byte_level(), params(), ours=True, queue=queue)
     for _ in range(20):

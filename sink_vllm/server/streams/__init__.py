@@ -1,1 +1,1 @@
-"""``/v1/streams``: streams a client appends to without resending them (API server)."""
+"""``/v1/streams``: stored streams, appended to without resending them (API server)."""

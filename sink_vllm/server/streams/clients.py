@@ -1,8 +1,9 @@
-"""Who a request comes from, so that what a server remembers can be shared out.
+"""Which client a request for stored streams comes from: by its key or its address.
 
-An API key is a client wherever the server checks keys. Where it does not, anybody could make up a
-key for each stream, so the address of the connection is what counts; of an IPv6 address the first
-64 bits, as one machine has all the rest. Imports neither torch nor vLLM.
+What a server remembers is shared out among clients (``streams.shares``). An API key is a client
+wherever the server checks keys. Where it does not, anybody could make up a key for each stream, so
+the address of the connection is what counts; of an IPv6 address the first 64 bits, as one machine
+has all the rest. Imports neither torch nor vLLM.
 """
 
 import hashlib

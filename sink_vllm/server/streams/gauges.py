@@ -1,4 +1,4 @@
-"""Gauges of what ``/v1/streams`` remembers, in the server's ``/metrics``.
+"""Metrics of the stored streams, read from their store: in ``/metrics``, beside ``server.metrics``.
 
 Read from the store when somebody looks. In Prometheus' multi-process mode nobody can: vLLM uses it
 for several API servers, which ``/v1/streams`` does not have, and where the environment asks for it

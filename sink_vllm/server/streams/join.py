@@ -1,4 +1,4 @@
-"""Token ids of new chat messages behind a stream that goes on (no torch, no vLLM).
+"""Token ids of new chat messages behind a stored stream (no torch, no vLLM).
 
 A chat template renders whole conversations. What it writes for new messages is found by rendering
 them behind a short conversation that ends with the same kind of message as the stream: twice, with

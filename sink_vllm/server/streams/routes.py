@@ -4,14 +4,11 @@ vLLM loads it only when ``VLLM_PLUGINS`` names ``sink_vllm``: routes are opt-in 
 """
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
 from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -20,8 +17,6 @@ from vllm.entrypoints.serve.utils.api_utils import (
     validate_json_request,
     with_cancellation,
 )
-from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
-from vllm.exceptions import VLLMError
 from vllm.logger import init_logger
 
 from sink_vllm.server.lengths import policy_of
@@ -30,14 +25,14 @@ from sink_vllm.server.streams.bodies import (
     Appended,
     CreateStream,
     Deleted,
-    Delta,
     StreamInfo,
 )
 from sink_vllm.server.streams.clients import client_name
 from sink_vllm.server.streams.gauges import show
-from sink_vllm.server.streams.service import Refused, StreamService
+from sink_vllm.server.streams.handler import Refused
+from sink_vllm.server.streams.response import TurnResponse
+from sink_vllm.server.streams.service import StreamService
 from sink_vllm.server.streams.store import BusyStream, NoRoom, UnknownStream
-from sink_vllm.server.streams.turn import Turn
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -47,7 +42,6 @@ logger = init_logger(__name__)
 router = APIRouter(tags=["streams"])
 
 _STATE = "streaming_llm_streams"
-_DONE = "data: [DONE]\n\n"
 _RETRY_AFTER = 1  # second: turns end at any time
 _EVENT = {
     "type": "object",
@@ -160,7 +154,7 @@ async def append(
     except NoRoom as error:
         return _no_room(error, service)
     if request.stream:
-        return _TurnResponse(turn, request, raw_request.app.state.args.sse_keep_alive_interval)
+        return TurnResponse(turn, request, raw_request.app.state.args.sse_keep_alive_interval)
     try:
         texts = [text async for text, _ in turn.deltas()]
         text = None if request.generate is None else "".join(texts)
@@ -198,46 +192,6 @@ async def delete_stream(stream_id: _StreamId, service: Service) -> Deleted:
     except BusyStream as error:
         raise _busy(stream_id) from error
     return Deleted(id=stream_id)
-
-
-async def _events(turn: Turn, request: Append) -> AsyncGenerator[str, None]:
-    """The server-sent events of a turn."""
-    try:
-        async with aclosing(turn.deltas()) as deltas:
-            async for text, token_ids in deltas:
-                delta = Delta(text=text, token_ids=token_ids if request.return_token_ids else None)
-                yield f"data: {delta.model_dump_json()}\n\n"
-        last: Appended | ErrorResponse = turn.finish(None)
-    except VLLMError as error:  # the response has begun: all that is left is to say so
-        turn.end()
-        last = create_error_response(error)
-    yield f"data: {last.model_dump_json()}\n\n"
-    yield _DONE
-
-
-class _TurnResponse(StreamingResponse):
-    """Ends its turn however it ends, even if the client leaves before the first event."""
-
-    def __init__(self, turn: Turn, request: Append, keep_alive: float) -> None:
-        """
-        Args:
-            turn: started.
-            request: what it does.
-            keep_alive: vLLM's ``--sse-keep-alive-interval``, in seconds; 0 is off.
-        """
-        self._turn = turn
-        self._events = with_sse_keep_alive(_events(turn, request), keep_alive)
-        super().__init__(self._events, media_type="text/event-stream")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._turn.end()
-            try:
-                await self._events.aclose()
-            finally:
-                await self._turn.close()
 
 
 def _answer(error: ErrorResponse, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -297,7 +251,7 @@ class StreamsPlugin:
                 f"{args.api_server_count}; start the server with --api-server-count 1."
             )
         else:
-            service = StreamService(state.openai_serving_completion)
+            service = StreamService.of(state.openai_serving_completion)
             show(service.store, state.openai_serving_models.model_name())
             if not engine_client.vllm_config.cache_config.enable_prefix_caching:
                 logger.warning(

@@ -1,4 +1,4 @@
-"""What every client holds of a store that is bounded, and who gives way when it is full.
+"""How many stored streams and tokens each client holds, and who gives way when there are too many.
 
 There are two limits, of streams and of tokens, and the same rule for both. A client's *share* is
 the limit divided by the number of clients that hold streams; one client alone may hold everything.

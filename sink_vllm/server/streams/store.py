@@ -1,6 +1,6 @@
-"""The streams a server remembers: token ids and options, bounded in number, tokens and time.
+"""The stored streams: what a server remembers of each, bounded in number, tokens and time.
 
-What is kept is what the engine needs to find a stream's pages again: its token ids, four bytes
+Kept is what the engine needs to find a stream's pages again: its options, its token ids, four bytes
 each, and the messages that wait for the first append. The pages themselves belong to the prefix
 cache, so that a stream nobody appends to holds no memory of the accelerator. Which stream is
 forgotten for another one is decided by ``sink_vllm.server.streams.shares``. Imports neither torch

@@ -1,19 +1,19 @@
-"""One append to a stream, from the engine's first output to the account of what it cost."""
+"""One append to a stored stream, from the engine's first output to the account of what it cost."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import RetryableRequestError
 from vllm.outputs import RequestOutput
 
-from sink_vllm.server.streams.bodies import Append, Appended, AppendUsage
-from sink_vllm.server.streams.store import StoredStream
+from sink_vllm.server.streams.bodies import Append, Appended, AppendUsage, StreamInfo
+from sink_vllm.server.streams.handler import Handler
+from sink_vllm.server.streams.rendering import Rendering
+from sink_vllm.server.streams.store import StoredStream, StreamStore
 
 if TYPE_CHECKING:
     from fastapi import Request
-
-    from sink_vllm.server.streams.service import StreamService
 
 _CLOSING: set[asyncio.Future[Any]] = set()  # asyncio itself would let go of them
 
@@ -31,20 +31,28 @@ class Turn:
 
     def __init__(
         self,
-        service: "StreamService",
         stream: StoredStream,
         request: Append,
-        raw_request: "Request | None" = None,
+        raw_request: "Request | None",
+        *,
+        store: StreamStore,
+        handler: Handler,
+        rendering: Rendering,
+        info: Callable[[StoredStream], StreamInfo],
     ) -> None:
         """
         Args:
-            service: whose store ``stream`` has been taken from.
             stream: the turn's, until it ends.
             request: what to append, and how to generate.
             raw_request: for vLLM's headers (priority, session, tracing, request id).
+            store: that ``stream`` has been taken from.
+            handler: makes a request of the engine of it.
+            rendering: of what is appended.
+            info: what the account says of the stream.
         """
-        self._service, self._stream, self._request = service, stream, request
-        self._raw_request = raw_request
+        self._stream, self._request, self._raw_request = stream, request, raw_request
+        self._store, self._handler, self._rendering = store, handler, rendering
+        self._info = info
         self._before = (stream.options, stream.schedule)
         self._appended: list[int] = []
         self._generated: list[int] = []
@@ -59,13 +67,14 @@ class Turn:
 
     async def start(self) -> None:
         """Render, and wait for the engine's first output: errors come before any answer."""
-        service, stream, request = self._service, self._stream, self._request
-        await service.check_model(stream.model)
-        service.check_engine()
-        self._appended = await service.new_tokens(stream, request)
+        handler, stream, request = self._handler, self._stream, self._request
+        await handler.check_model(stream.model)
+        handler.check_engine()
+        self._appended = await self._rendering.new_tokens(stream, request)
         tokens = [*stream.tokens, *self._appended]
-        params = service.params(stream, request.generate, len(tokens))
-        self._outputs = await service.outputs(stream, tokens, params, self._raw_request)
+        most = self._store.most_tokens
+        params = handler.params(stream, request.generate, len(tokens), most)
+        self._outputs = await handler.outputs(stream, tokens, params, self._raw_request)
         self._first = await anext(self._outputs)
         self._cached = self._first.num_cached_tokens or 0
         self._check(self._first)
@@ -102,7 +111,7 @@ class Turn:
                 "The server has aborted this generation, because it is pausing or ending or "
                 "because nobody read the answer; the stream is as it was, append again."
             )
-        self._service.raise_if_error(reason, output.request_id)
+        self._handler.raise_if_error(reason, output.request_id)
 
     def end(self) -> None:
         """Give the stream back, however the turn ended. Nothing here waits."""
@@ -116,7 +125,7 @@ class Turn:
             else:
                 self._stream.options, self._stream.schedule = self._before
         finally:
-            self._service.store.release(self._stream)
+            self._store.release(self._stream)
 
     async def close(self) -> None:
         """End the turn, and wait until the engine has let go of it.
@@ -161,5 +170,5 @@ class Turn:
                 cached_tokens=self._cached,
                 computed_tokens=prompt - self._cached,
             ),
-            stream=self._service.info(self._stream),
+            stream=self._info(self._stream),
         )

@@ -7,11 +7,10 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server.lengths import FRONT_MAX
 from sink_vllm.server.streams.bodies import Generate
-from sink_vllm.server.streams.service import StreamService
+from sink_vllm.server.streams.handler import Handler
 from sink_vllm.server.streams.store import StreamStore
 
 SCHEDULE = Schedule(sink_tokens=4, window=92, stride=32)
@@ -27,17 +26,14 @@ def _params(
     """Of a server with these defaults, as ``--override-generation-config`` gives them."""
     defaults = defaults or {}
     store = StreamStore(most_streams=4, most_tokens=MOST_TOKENS, idle_seconds=60)
-    service = SimpleNamespace(
-        store=store,
-        policy=SinkConfig(schedule=SCHEDULE, block_size=32),
-        _handler=SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=FRONT_MAX),
-            default_sampling_params=defaults,
-            override_max_tokens=defaults.get("max_tokens"),
-        ),
+    completions = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=FRONT_MAX),
+        default_sampling_params=defaults,
+        override_max_tokens=defaults.get("max_tokens"),
     )
     stream = store.create("a", "m", None if full else SCHEDULE, {})
-    return StreamService.params(cast(Any, service), stream, generate, position)
+    handler = Handler(cast(Any, completions), SCHEDULE.capacity)
+    return handler.params(stream, generate, position, store.most_tokens)
 
 
 @pytest.mark.parametrize(

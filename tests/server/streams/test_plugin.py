@@ -55,7 +55,7 @@ def test_with_several_api_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--api-server-count is 4" in answer.json()["error"]["message"]
 
 
-def test_guard_what_the_service_uses_of_vllm() -> None:
+def test_guard_what_stored_streams_use_of_vllm() -> None:
     for name in ("preprocess_chat", "preprocess_completion"):
         assert hasattr(OnlineRenderer, name)
     for name in (
@@ -74,7 +74,7 @@ def test_guard_what_the_service_uses_of_vllm() -> None:
 
 
 def test_guard_the_handlers_own_way_with_limits() -> None:
-    """The arguments and attributes that ``StreamService.params`` repeats."""
+    """The arguments and attributes that ``Handler.params`` repeats."""
     source = inspect.getsource(OpenAIServingCompletion)
 
     for given in (

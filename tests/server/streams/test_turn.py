@@ -12,10 +12,9 @@ from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.exceptions import GenerationError, RetryableRequestError, VLLMError, VLLMServerError
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server.streams.bodies import Append, Generate
-from sink_vllm.server.streams.routes import _TurnResponse
+from sink_vllm.server.streams.response import TurnResponse
 from sink_vllm.server.streams.service import StreamService
 from sink_vllm.server.streams.store import StoredStream, StreamStore, UnknownStream
 from sink_vllm.server.streams.turn import Turn
@@ -54,19 +53,11 @@ class _Engine:
             self.stopped.set()
 
 
-class _Service:
-    """What a turn asks of its service, without a model."""
+class _Rendering:
+    """What a turn appends, without a model."""
 
-    policy = SinkConfig(schedule=SCHEDULE, block_size=32)
-    info = StreamService.info
-
-    def __init__(self, engine: _Engine, error: Exception | None = None) -> None:
-        self.store = StreamStore(most_streams=4, most_tokens=1000, idle_seconds=60)
-        self.engine, self.error = engine, error
-
-    async def check_model(self, model: str) -> None: ...
-
-    def check_engine(self) -> None: ...
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
 
     async def new_tokens(self, stream: StoredStream, request: Append) -> list[int]:
         stream.options, stream.schedule = {"sink_tokens": 9}, None  # as rendering a pin does
@@ -74,6 +65,17 @@ class _Service:
         if self.error is not None:
             raise self.error
         return list(NEW)
+
+
+class _Handler:
+    """What a turn asks of the server's handler, without a server."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+
+    async def check_model(self, model: str) -> None: ...
+
+    def check_engine(self) -> None: ...
 
     def params(self, *_: Any) -> SamplingParams:
         return SamplingParams()
@@ -84,11 +86,15 @@ class _Service:
     def raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
         GenerateBaseServing._raise_if_error(cast(Any, self), finish_reason, request_id)
 
+
+class _Service(StreamService):
+    def __init__(self, engine: _Engine, error: Exception | None = None) -> None:
+        store = StreamStore(most_streams=4, most_tokens=1000, idle_seconds=60)
+        handler, rendering = cast(Any, _Handler(engine)), cast(Any, _Rendering(error))
+        super().__init__(store, handler, rendering, SCHEDULE.capacity)
+
     def stream(self) -> StoredStream:
         return self.store.create("client", "m", SCHEDULE, {}, tokens=[7, 8])
-
-    async def append(self, stream: StoredStream, request: Append) -> Turn:
-        return await StreamService.append(cast(Any, self), stream.id, request)
 
 
 def _request(**body: Any) -> Append:
@@ -110,7 +116,7 @@ def _run(test: Callable[[], Awaitable[None]]) -> None:
 
 async def _respond(turn: Turn, request: Append, events: list[str], after: int = -1) -> None:
     """Send a turn as events; the client leaves after so many of them."""
-    response = _TurnResponse(turn, request, 0)
+    response = TurnResponse(turn, request, 0)
     left = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
@@ -137,7 +143,7 @@ def test_a_finished_turn_changes_its_stream() -> None:
         service = _Service(_Engine(None, None, "stop"))
         stream, events = service.stream(), list[str]()
         request = _request(stream=True)
-        await _respond(await service.append(stream, request), request, events)
+        await _respond(await service.append(stream.id, request), request, events)
 
         *deltas, account = _parsed(events)
         assert [delta["text"] for delta in deltas] == ["0 ", "1 ", "2 "]
@@ -164,7 +170,7 @@ def test_a_turn_that_is_cancelled_again_while_it_closes(kind: str, cancels: int)
         request = _request(stream=kind == "events")
 
         async def run() -> None:
-            turn = await service.append(stream, request)
+            turn = await service.append(stream.id, request)
             if request.stream:
                 await _respond(turn, request, events)
                 return
@@ -201,7 +207,7 @@ def test_the_engine_is_told_to_stop_all_the_same(cancels: int) -> None:
         engine = _Engine(None, None)
         service = _Service(engine)
         stream = service.stream()
-        turn = await service.append(stream, _request())
+        turn = await service.append(stream.id, _request())
         closing = asyncio.create_task(turn.close())
         await asyncio.sleep(0)
         assert not stream.busy  # before the engine has let go of it
@@ -222,7 +228,7 @@ def test_a_turn_that_is_cancelled_while_it_starts(steps: int, cancels: int) -> N
     async def test() -> None:
         service = _Service(_Engine())  # no output ever
         stream = service.stream()
-        task = asyncio.create_task(service.append(stream, _request()))
+        task = asyncio.create_task(service.append(stream.id, _request()))
         for _ in range(steps):
             await asyncio.sleep(0)
         for _ in range(cancels):
@@ -242,7 +248,7 @@ def test_a_turn_that_is_lost() -> None:
     async def test() -> None:
         service = _Service(_Engine(None))
         stream = service.stream()
-        response = _TurnResponse(await service.append(stream, _request()), _request(), 0)
+        response = TurnResponse(await service.append(stream.id, _request()), _request(), 0)
         assert service.store.in_use == 1
         del response
         gc.collect()
@@ -261,7 +267,7 @@ def test_leaving_an_event_stream_keeps_what_it_brought() -> None:
         service = _Service(engine)
         stream, events = service.stream(), list[str]()
         request = _request(stream=True)
-        await _respond(await service.append(stream, request), request, events, after=2)
+        await _respond(await service.append(stream.id, request), request, events, after=2)
 
         assert engine.stopped.is_set()
         assert not stream.busy
@@ -279,7 +285,7 @@ def test_a_rendering_that_fails() -> None:
         service = _Service(_Engine(), error=ValueError("no such template"))
         stream = service.stream()
         with pytest.raises(ValueError, match="no such template"):
-            await service.append(stream, _request())
+            await service.append(stream.id, _request())
         assert not stream.busy
         assert _as_it_was(stream)
 
@@ -302,7 +308,7 @@ def test_a_generation_the_engine_gives_up(
         request = Append(text="abc", generate=Generate() if generate else None)
 
         async def run() -> None:
-            turn = await service.append(stream, request)
+            turn = await service.append(stream.id, request)
             try:
                 async for _ in turn.deltas():
                     pass
@@ -325,7 +331,7 @@ def test_an_error_behind_events_that_were_read(reason: str, code: int) -> None:
         service = _Service(_Engine(None, None, reason))
         stream, events = service.stream(), list[str]()
         request = _request(stream=True)
-        await _respond(await service.append(stream, request), request, events)
+        await _respond(await service.append(stream.id, request), request, events)
 
         *deltas, last = _parsed(events)
         assert len(deltas) == 2
@@ -338,7 +344,8 @@ def test_an_error_behind_events_that_were_read(reason: str, code: int) -> None:
 
 def test_an_engine_that_dies_behind_events_that_were_read() -> None:
     async def test() -> None:
-        service = _Service(_Engine())
+        engine = _Engine()
+        service = _Service(engine)
         stream, events = service.stream(), list[str]()
 
         async def outputs() -> AsyncGenerator[RequestOutput, None]:
@@ -346,9 +353,9 @@ def test_an_engine_that_dies_behind_events_that_were_read() -> None:
             yield RequestOutput("r", None, NEW, None, [completion], False)
             raise VLLMServerError("dead")
 
-        service.engine.outputs = outputs  # type: ignore[method-assign]
+        engine.outputs = outputs  # type: ignore[method-assign]
         request = _request(stream=True)
-        await _respond(await service.append(stream, request), request, events)
+        await _respond(await service.append(stream.id, request), request, events)
 
         assert _parsed(events)[-1]["error"]["message"] == "dead"
         assert _as_it_was(stream)
@@ -362,6 +369,6 @@ def test_a_stream_that_is_gone() -> None:
         stream = service.stream()
         service.store.remove(stream.id)
         with pytest.raises(UnknownStream):
-            await service.append(stream, _request())
+            await service.append(stream.id, _request())
 
     _run(test)
