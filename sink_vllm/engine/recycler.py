@@ -45,7 +45,7 @@ class Recycler:
         )
         self.account = Account()
         self.streams: dict[str, Stream] = {}
-        self.dirty: set[str] = set()
+        self.to_refresh: set[str] = set()
         """Requests the workers have an outdated copy of: sent again with their next tokens."""
 
     # -- requests come and go ---------------------------------------------------------------
@@ -129,7 +129,7 @@ class Recycler:
         stream.pending = PendingTokens.of(tokens[room:])
         if stream.evictions:
             # The workers take a session's next input for a request at rope offset 0.
-            self.dirty.add(request.request_id)
+            self.to_refresh.add(request.request_id)
         return tokens[:room]
 
     def _drop_hashes(self, request: Request, stream: Stream) -> None:
@@ -147,7 +147,7 @@ class Recycler:
         """Forget a request that ended; returns its account if it evicted anything."""
         stream = self.streams.pop(request.request_id)
         self.account.due.discard(request.request_id)
-        self.dirty.discard(request.request_id)
+        self.to_refresh.discard(request.request_id)
         return stream.report(request) if stream.evictions else None
 
     def preempted(self, request: Request) -> None:
@@ -160,7 +160,7 @@ class Recycler:
         if stream.evictions:
             stream.rebuilt()
             # The workers must hear of it even if they never heard of the last eviction.
-            self.dirty.add(request.request_id)
+            self.to_refresh.add(request.request_id)
             if self.hasher is not None:
                 self.hasher.install(request, stream)
 
@@ -200,7 +200,7 @@ class Recycler:
             return False
         self.tables.ledger.plan(request.request_id, moves)
         compact(request, stream)
-        self.dirty.add(request.request_id)
+        self.to_refresh.add(request.request_id)
         if self.hasher is not None:
             self._evict_hashes(request, stream.schedule)
         stream.reanchorings += reanchor
@@ -256,7 +256,7 @@ class Recycler:
     def show_whole(self, request: Request) -> None:
         """Take :meth:`show_resumed` back: the request waits on, as if it had not been found."""
         stream = self.streams[request.request_id]
-        self.dirty.discard(request.request_id)
+        self.to_refresh.discard(request.request_id)
         assert stream.prompt is not None
         stream.evictions = stream.evicted = stream.reanchorings = 0
         hashes = stream.prompt_hashes
@@ -269,7 +269,7 @@ class Recycler:
         stream = self.streams[request.request_id]
         moves = self.tables.resume(request.request_id, stream.schedule, found)
         self.tables.ledger.plan(request.request_id, moves)
-        self.dirty.add(request.request_id)
+        self.to_refresh.add(request.request_id)
 
     def started(self, request: Request, *, resumed: bool) -> None:
         """A request runs: its prompt is not looked up any more."""

@@ -30,7 +30,7 @@ from sink_vllm.engine.ledger import IntegrityError
 from sink_vllm.engine.output_tail import forget_evicted
 from sink_vllm.engine.reasoning import decide_reasoning
 from sink_vllm.engine.stream import Stream
-from sink_vllm.policy.plan import REPORT_KEY, Resent, StepPlan
+from sink_vllm.policy.plan import REPORT_KEY, Refresh, StepPlan
 
 # Below vLLM's own logger, whose handlers print it.
 logger = init_logger(f"vllm.{__name__}")
@@ -41,7 +41,7 @@ class StreamingLLMMixin(AdmittingMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._resent: list[NewRequestData] = []
+        self._refreshed: list[NewRequestData] = []
         self._steps_stalled = 0
         self._log_start()
 
@@ -124,15 +124,15 @@ class StreamingLLMMixin(AdmittingMixin):
         self._complete_new_requests(output)
         plan = StepPlan(
             moves=self.ledger.take_moves(),
-            resent={
-                data.req_id: self._resent_state(data.req_id)
+            refreshes={
+                data.req_id: self._refresh_of(data.req_id)
                 for data in output.scheduled_new_reqs
-                if data.req_id in self.recycler.dirty
+                if data.req_id in self.recycler.to_refresh
             },
         )
         if plan:
             setattr(output, StepPlan.ATTRIBUTE, plan)
-        self.recycler.dirty.difference_update(plan.resent)
+        self.recycler.to_refresh.difference_update(plan.refreshes)
         self.ledger.release()
         self._watch(output)
         return output
@@ -152,20 +152,24 @@ class StreamingLLMMixin(AdmittingMixin):
 
     def _complete_new_requests(self, output: SchedulerOutput) -> None:
         """Add requests that are sent again to what vLLM sends of new ones."""
-        output.scheduled_new_reqs.extend(self._resent)
-        self._resent = []
+        output.scheduled_new_reqs.extend(self._refreshed)
+        self._refreshed = []
         if self.use_v2_model_runner:
             for data in output.scheduled_new_reqs:
                 params = data.sampling_params
-                if data.req_id in self.recycler.dirty and params is not None and params.min_tokens:
+                if (
+                    data.req_id in self.recycler.to_refresh
+                    and params is not None
+                    and params.min_tokens
+                ):
                     # That runner samples with stream positions, and compares them with prompt
                     # length plus min_tokens.
                     data.sampling_params = copy(params)
                     data.sampling_params.min_tokens += self.recycler.streams[data.req_id].evicted
 
-    def _resent_state(self, req_id: str) -> Resent:
+    def _refresh_of(self, req_id: str) -> Refresh:
         stream = self.recycler.streams[req_id]
-        return Resent(
+        return Refresh(
             rope_offset=self.recycler.tables.anchors.offset(stream.chain_evictions),
             evicted=stream.evicted,
             output_token_ids=list(self.requests[req_id]._output_token_ids),
@@ -180,19 +184,19 @@ class StreamingLLMMixin(AdmittingMixin):
         req_to_new_blocks: dict[str, KVCacheBlocks],
     ) -> CachedRequestData:
         """Divert requests the workers have an outdated copy of: they leave as new requests."""
-        dirty = self.recycler.dirty
-        if dirty:
-            self._resent = [
+        outdated = self.recycler.to_refresh
+        if outdated:
+            self._refreshed = [
                 NewRequestData.from_request(
                     request,
                     self.kv_cache_manager.get_block_ids(request.request_id),
                     request._all_token_ids.copy() if self.use_v2_model_runner else None,
                 )
                 for request in (*running_reqs, *resumed_reqs)
-                if request.request_id in dirty
+                if request.request_id in outdated
             ]
-            running_reqs = [r for r in running_reqs if r.request_id not in dirty]
-            resumed_reqs = [r for r in resumed_reqs if r.request_id not in dirty]
+            running_reqs = [r for r in running_reqs if r.request_id not in outdated]
+            resumed_reqs = [r for r in resumed_reqs if r.request_id not in outdated]
         return super()._make_cached_request_data(
             running_reqs,
             resumed_reqs,

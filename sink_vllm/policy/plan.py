@@ -29,8 +29,8 @@ class PageMove(NamedTuple):
     """KV cache group whose layers have these pages."""
 
 
-class Resent(NamedTuple):
-    """A request whose compacted token list is sent to the workers again."""
+class Refresh(NamedTuple):
+    """What replaces the state of a request in the workers, when its tokens were compacted."""
 
     rope_offset: int
     """Added to the cache positions of the request from this step on."""
@@ -47,10 +47,10 @@ class StepPlan:
     ATTRIBUTE: ClassVar[str] = "streaming_llm"
 
     moves: list[PageMove] = field(default_factory=list)
-    resent: dict[str, Resent] = field(default_factory=dict)
+    refreshes: dict[str, Refresh] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.moves or self.resent)
+        return bool(self.moves or self.refreshes)
 
     @classmethod
     def of(cls, scheduler_output: Any) -> "StepPlan | None":

@@ -33,9 +33,9 @@ class RopeOffsets:
             for req_id in finished:
                 if self._of_request.pop(req_id, None) is not None:
                     self._arranged = None
-        if plan is not None and plan.resent:
+        if plan is not None and plan.refreshes:
             self._arranged = None
-            for req_id, state in plan.resent.items():
+            for req_id, state in plan.refreshes.items():
                 if state.rope_offset:
                     self._of_request[req_id] = state.rope_offset
                 else:
@@ -82,8 +82,8 @@ class StreamingLLMRunnerV1(StreamingLLMRunner):
         and logits processors need to know which tokens the model generated.
         """
         req_state = super()._update_streaming_request(req_id, new_req_data)
-        if self._plan is not None and req_id in self._plan.resent:
-            req_state.output_token_ids.extend(self._plan.resent[req_id].output_token_ids)
+        if self._plan is not None and req_id in self._plan.refreshes:
+            req_state.output_token_ids.extend(self._plan.refreshes[req_id].output_token_ids)
         return req_state
 
     def _preprocess(

@@ -72,10 +72,10 @@ class StreamingLLMRunnerV2(StreamingLLMRunner):
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
         plan = StepPlan.of(scheduler_output)
-        resent = plan.resent if plan is not None else {}
+        refreshes = plan.refreshes if plan is not None else {}
         for data in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[data.req_id]
-            state = resent.get(data.req_id)
+            state = refreshes.get(data.req_id)
             # Slots are recycled: a request without offset must clear its predecessor's.
             self._rope_offset_of_slot[slot] = state.rope_offset if state else 0
             self._evicted_of_slot[slot] = state.evicted if state else 0

@@ -21,7 +21,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-from sink_vllm.policy.plan import PageMove, Resent, StepPlan
+from sink_vllm.policy.plan import PageMove, Refresh, StepPlan
 from sink_vllm.worker.layers.attention import AttentionLayer, rope_rows
 from sink_vllm.worker.moves.mover import PageMover
 
@@ -125,8 +125,8 @@ def _run_token(steps: Any, token: int, *, pages: _Pages, offset: int) -> None:
     ]
     step.num_scheduled_tokens = {req_id: 1}
     step.total_num_scheduled_tokens = 1
-    resent = Resent(rope_offset=offset, evicted=0, output_token_ids=[])
-    setattr(step, StepPlan.ATTRIBUTE, StepPlan(resent={req_id: resent}))
+    refresh = Refresh(rope_offset=offset, evicted=0, output_token_ids=[])
+    setattr(step, StepPlan.ATTRIBUTE, StepPlan(refreshes={req_id: refresh}))
     if steps.execute_model(step) is None:
         steps.sample_tokens(None)
     finish = SchedulerOutput.make_empty()

@@ -269,7 +269,7 @@ def test_guard_rotary_modules_read_one_table() -> None:
 def test_guard_attributes_survive_on_their_objects() -> None:
     """No slots, and steps keep them when they are sent to workers."""
     step = SchedulerOutput.make_empty()
-    setattr(step, StepPlan.ATTRIBUTE, StepPlan(resent={}))
+    setattr(step, StepPlan.ATTRIBUTE, StepPlan(refreshes={}))
 
     assert StepPlan.of(pickle.loads(pickle.dumps(step))) == StepPlan()
     for cls in (SchedulerOutput, VllmConfig, ModelConfig, BaseRenderer):

@@ -64,17 +64,17 @@ class PageContent:
 
     def _learn_new(self, planned: SchedulerOutput, plan: StepPlan) -> None:
         for data in planned.scheduled_new_reqs:
-            resent = plan.resent.get(data.req_id)
+            refresh = plan.refreshes.get(data.req_id)
             tokens = data.prefill_token_ids
             unknown = None if tokens is None else 0  # runner V2 samples at stream positions
             if tokens is None:
-                outputs = resent.output_token_ids if resent is not None else []
+                outputs = refresh.output_token_ids if refresh is not None else []
                 tokens = [*(data.prompt_token_ids or ()), *outputs]
             self.rows[data.req_id] = Row(
                 list(tokens),
                 data.num_computed_tokens,
                 [list(pages) for pages in data.block_ids],
-                resent.evicted if resent is not None else unknown,
+                refresh.evicted if refresh is not None else unknown,
             )
 
     def _learn_cached(self, planned: SchedulerOutput) -> None:
