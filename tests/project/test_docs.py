@@ -12,14 +12,26 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "patches").glob("*.md")),
 ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_named_in_a_page_exist(page: Path) -> None:
     """An invariant is only as good as the test that pins it."""
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text()):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", page.read_text()):
         assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_a_page_exist(page: Path) -> None:
+    """With their path in the repository, in the package, or beside the page."""
+    if page.name == "LOG.md":
+        return  # tells of files as they were
+    for file in re.findall(r"`([\w/-]+\.py)\b", page.read_text()):
+        above = (ROOT, ROOT / "sink_vllm", page.parent)
+        found = any((folder / file).exists() for folder in above)
+        assert found or any((ROOT / "sink_vllm").rglob(file)), file
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
