@@ -43,9 +43,10 @@ class Case:
         capacity = self.policy.capacity
         per_table = (self.table_capacities or rope_table.TABLE_CAPACITIES) * capacity
         rows = max(self.shape.max_positions, per_table)
-        # The first time at the end of the table, then whenever a stream has come that far again.
-        reanchored = capacity + LEAST_REANCHORINGS * (rows - capacity)
-        return max(tokens_for(self.policy, LEAST_EVICTIONS), reanchored)
+        # A table has room for so many evictions; the next one re-anchors.
+        per_anchor = (rows - capacity) // self.policy.g + 1
+        evictions = max(LEAST_EVICTIONS, LEAST_REANCHORINGS * per_anchor)
+        return tokens_for(self.policy, evictions)
 
 
 def tokens_for(policy: Policy, evictions: int) -> int:
