@@ -14,7 +14,7 @@ from tests.support.liveness import run_many, seeds_of
 EPISODES = "0:20000"
 _PART = 2_500
 """Episodes of one test: half a minute of a core. Parts of this file may run in several processes
-(``tests/conftest.py``)."""
+(``tests/support/repeating.py``)."""
 
 REACH = {
     "evictions": 3,

@@ -18,6 +18,7 @@ from tests.support.judge import random_tokens
 from tests.support.liveness import Client, Watch, run_many
 from tests.support.scheduler_only import Core, Settings
 
+
 def served(watch: Watch) -> None:
     """All answers are complete."""
     watch.run(lambda: watch.all_served)

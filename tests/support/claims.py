@@ -14,9 +14,9 @@ from tests.support.paths import ROOT
 PAGE = ROOT / "docs" / "claims.md"
 _HEAD = """# What the tests claim
 
-One row per test module: the claim it is there for, and how many test functions hold it (many run with
-several parameters). Made by `python -m tests.support.claims`. A test fails when this page differs: a claim
-that loses its test must leave this page by hand.
+One row per test module: the claim it is there for, and how many test functions hold it (many run
+with several parameters). Made by `python -m tests.support.claims`. A test fails when this page
+differs: a claim that loses its test must leave this page by hand.
 """
 
 

@@ -168,8 +168,8 @@ def _choices(logits: torch.Tensor, adjust: Adjust | None) -> list[_Logits]:
     totals = logits.logsumexp(-1).tolist()
     if adjust is not None:
         return [_Logits(row, total, None) for row, total in zip(logits, totals, strict=True)]
-    values, indices = (two.tolist() for two in logits.topk(2))
-    return [_Logits(*one) for one in zip(logits, totals, zip(values, indices), strict=True)]
+    best = zip(*(two.tolist() for two in logits.topk(2)), strict=True)
+    return [_Logits(*one) for one in zip(logits, totals, best, strict=True)]
 
 
 def _choose(stream: Stream, of: _Logits, adjust: Adjust | None) -> None:
