@@ -78,6 +78,7 @@ def _resolve(target: str) -> object:
     return vars(holder)[name]
 
 
+@pytest.mark.server
 def test_vllm_loads_the_plugin_by_itself() -> None:
     """What happens in every process of vLLM, with nothing imported by hand."""
     _python(
@@ -87,6 +88,7 @@ def test_vllm_loads_the_plugin_by_itself() -> None:
     )
 
 
+@pytest.mark.server
 def test_unpickling_options_loads_the_plugin() -> None:
     """For processes that get a finished configuration and never load plugins themselves."""
     from sink_vllm.compat.shipping import ShippedConfig
