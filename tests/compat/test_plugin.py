@@ -110,12 +110,12 @@ def test_supported_versions_are_those_of_pyproject() -> None:
     assert set(supported_versions().split(",")) == set(requirement[len("vllm") :].split(","))
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.5", "0.32.0+cpu", "0.32.1rc1"])
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.5", "0.32.0+cpu", "0.33.0", "0.33.1rc1"])
 def test_supported_vllm_is_accepted(found: str) -> None:
     assert is_supported(found)
 
 
-@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0.0", "0.32.0rc1", "dev"])
+@pytest.mark.parametrize("found", ["0.31.9", "0.34.0", "0.34.0rc1", "1.0.0", "0.32.0rc1", "dev"])
 def test_other_vllm_is_refused_with_both_versions(found: str) -> None:
     assert not is_supported(found)
     assert f"--kv-policy sink needs vLLM {supported_versions()}, found vLLM {found};" in refusal_of(
