@@ -2,7 +2,8 @@
 
 import ast
 
-from patches.drift.tree import FUNCTIONS, Found, scope_of
+from patches.drift.scopes import FUNCTIONS, scope_of
+from patches.drift.tree import Found
 
 
 def still_fits(before: Found, now: Found) -> bool:
@@ -25,16 +26,15 @@ def _class_fits(old: ast.ClassDef, new: ast.ClassDef) -> bool:
     # A field of a data class without a default would have to be given.
     if any("=" not in value for name, value in now.items() if name not in before):
         return False
-    made = [
-        next(
-            (one for one in cls.body if isinstance(one, FUNCTIONS) and one.name == "__init__"), None
-        )
-        for cls in (old, new)
-    ]
-    first, second = made
+    first, second = _made(old), _made(new)
     if first is None or second is None:
         return first is second
     return _function_fits(first, second)
+
+
+def _made(node: ast.ClassDef) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    found = [one for one in node.body if isinstance(one, FUNCTIONS) and one.name == "__init__"]
+    return found[-1] if found else None
 
 
 def _values(node: ast.ClassDef) -> dict[str, str]:

@@ -8,8 +8,9 @@ import ast
 from collections.abc import Iterator
 
 from patches.drift.names import is_private, is_super, is_vllm
+from patches.drift.scopes import FUNCTIONS, Class
 from patches.drift.seams import Kind, Place, Seam, Symbol
-from patches.drift.tree import FUNCTIONS, Class, Tree
+from patches.drift.tree import Tree
 
 _PYTHONS = {"__init__", "__post_init__", "__call__"}
 """Of Python's own names, those a subclass must fit its base with."""

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 
 from patches.drift.names import Names
+from patches.drift.scopes import Class, Module, chain_of
 from patches.drift.seams import Kind, Place, Seam, Symbol
-from patches.drift.tree import Class, Module, Tree, chain_of
+from patches.drift.tree import Tree
 from sink_vllm.compat.changes import OBJECT_CHANGES, declared_patches
 
 

@@ -4,8 +4,8 @@ import ast
 from collections.abc import Iterator
 
 from patches.drift.names import Function, Names, functions
+from patches.drift.scopes import chain_of
 from patches.drift.seams import Kind, Phrases, Place, Seam, Symbol
-from patches.drift.tree import chain_of
 
 _READERS = {"re", "ast"}
 """Modules that take a source apart in ways that are not followed here."""
@@ -43,10 +43,9 @@ class Reader:
                 case ast.Assign(targets=targets, value=value):
                     for target in targets:
                         self._bind(target, value)
-                case (
-                    ast.For(target=target, iter=value)
-                    | ast.comprehension(target=target, iter=value)
-                ):
+                case ast.For(target=target, iter=value):
+                    self._bind(target, value)
+                case ast.comprehension(target=target, iter=value):
                     self._bind(target, value)
                 case _:
                     pass

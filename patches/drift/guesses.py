@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from patches.drift.declared import is_declared_change
 from patches.drift.names import VLLM, is_private
+from patches.drift.scopes import FUNCTIONS, Class, Module, module_name
 from patches.drift.seams import Kind, Place, Seam, Symbol
-from patches.drift.tree import FUNCTIONS, Class, Found, Module, Tree, module_name
+from patches.drift.tree import Found, Tree
 
 _FEW = 3
 """Classes with values of the same names, among which one may be meant."""

@@ -3,7 +3,8 @@
 import ast
 from collections.abc import Iterator
 
-from patches.drift.tree import FUNCTIONS, Class, Module, Tree, absolute, chain_of
+from patches.drift.scopes import FUNCTIONS, Class, Module, absolute, chain_of
+from patches.drift.tree import Tree
 
 VLLM = "vllm"
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -4,7 +4,8 @@ import ast
 import hashlib
 import textwrap
 
-from patches.drift.tree import FUNCTIONS, Found, scope_of
+from patches.drift.scopes import FUNCTIONS, scope_of
+from patches.drift.tree import Found
 
 
 def source(found: Found) -> str:

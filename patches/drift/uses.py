@@ -4,8 +4,8 @@ import ast
 from collections.abc import Iterator
 
 from patches.drift.names import Names, functions, is_private, is_vllm
+from patches.drift.scopes import chain_of
 from patches.drift.seams import Kind, Place, Seam, Symbol
-from patches.drift.tree import chain_of
 
 
 def seams_of_imports(names: Names) -> Iterator[Seam]:
