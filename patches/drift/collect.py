@@ -31,7 +31,12 @@ def our_files() -> dict[str, bytes]:
 def seams_of(ours: Mapping[str, bytes], vllm: Mapping[str, bytes]) -> list[Seam]:
     """Everything ``ours`` stands on, as ``vllm`` has it: the release the project is made for."""
     tree = Tree({**vllm, **ours})
-    seams = [*seams_of_patches(tree), *seams_of_classes(tree, OURS)]
+    return _once(merged([*seams_of_patches(tree), *seams_of_code(tree)]))
+
+
+def seams_of_code(tree: Tree) -> list[Seam]:
+    """All but the targets of patches, which are strings; a seam per place."""
+    seams = [*seams_of_classes(tree, OURS)]
     for module in tree.modules(OURS):
         names = Names(tree, module)
         seams += seams_of_imports(names)
@@ -44,7 +49,7 @@ def seams_of(ours: Mapping[str, bytes], vllm: Mapping[str, bytes]) -> list[Seam]
             seams += seams_of_imports(names)
             if package == "tests":
                 seams += seams_of_guards(names)
-    return _once(merged([*seams, *_guessed(tree, seams)]))
+    return [*seams, *_guessed(tree, seams)]
 
 
 def _once(seams: list[Seam]) -> list[Seam]:

@@ -54,10 +54,11 @@ def compare(seam: Seam, base: Tree, other: Tree) -> Row:
         return Row(seam, seam.symbol, State.UNCHANGED, note="not in the base release either")
     name = Symbol(before.module.name, before.path)
     if now is None:
-        return Row(seam, name, State.GONE, GONE, _resembling(seam.symbol, other))
+        return Row(seam, name, State.GONE, GONE, _resembling(seam.symbol, base, other))
     old, new = _text(seam.kind, before), _text(seam.kind, now)
+    moved = f"now in {now.spelled}" if now.spelled != before.spelled else ""
     if old == new:
-        return Row(seam, name, State.UNCHANGED)
+        return Row(seam, name, State.UNCHANGED, note=moved)
     if seam.kind in _CALLED and still_fits(before, now):
         return Row(seam, name, State.UNCHANGED, note="there is more of it, which may be left out")
     if seam.phrases is not None and seam.phrases.found(text.source(before)):
@@ -66,8 +67,8 @@ def compare(seam: Seam, base: Tree, other: Tree) -> Row:
             note = "its text changed; all that the guards look for is as it was"
             return Row(seam, name, State.UNCHANGED, note=note)
         note = "the guards look for " + ", ".join(map(repr, broken))
-        return _changed(seam, name, before, now, note)
-    return _changed(seam, name, before, now)
+        return _changed(seam, name, before, now, "; ".join(filter(None, [note, moved])))
+    return _changed(seam, name, before, now, moved)
 
 
 def _own(seam: Seam, now: Found | None) -> Row:
@@ -77,10 +78,8 @@ def _own(seam: Seam, now: Found | None) -> Row:
     return Row(seam, seam.symbol, State.SIGNATURE, text.digest(text.body(now)), note)
 
 
-def _changed(seam: Seam, name: Symbol, before: Found, now: Found, note: str = "") -> Row:
+def _changed(seam: Seam, name: Symbol, before: Found, now: Found, note: str) -> Row:
     old, new = text.signature(before), text.signature(now)
-    if now.spelled != before.spelled:
-        note = f"{note}; " * bool(note) + f"now in {now.spelled}"
     state = State.BODY
     pieces = []
     if old != new:
@@ -112,22 +111,25 @@ def _diff(old: str, new: str, before: str, now: str) -> str:
     return "".join(lines)
 
 
-def _resembling(symbol: Symbol, other: Tree) -> str:
+def _resembling(symbol: Symbol, base: Tree, other: Tree) -> str:
     """What may have become of a name: a hint for whoever reads the table."""
-    module = other.module(symbol.module)
-    if module is None:
+    if other.module(symbol.module) is None:
         return f"there is no module {symbol.module}"
     owner = other.find(symbol.module, symbol.path[:-1])
     if owner is None:
         return f"there is no {symbol.module}:{'.'.join(symbol.path[:-1])}"
+    before = base.find(symbol.module, symbol.path[:-1])
+    new = _names(other, owner) - (_names(base, before) if before else set())
+    close = difflib.get_close_matches(symbol.path[-1], sorted(new), n=1)
+    return f"resembles {close[0]}, which is new" if close else ""
+
+
+def _names(tree: Tree, owner: Found) -> set[str]:
     cls = owner.as_class
-    names = (
-        [*owner.module.scope.defined]
-        if cls is None
-        else [name for one in other.order(cls) for name in (*one.scope.defined, *one.on_instances)]
-    )
-    close = difflib.get_close_matches(symbol.path[-1], names, n=1, cutoff=0.75)
-    return f"resembles {close[0]}" if close else ""
+    if cls is None:
+        return set(owner.module.scope.defined)
+    order = tree.order(cls)
+    return {name for one in order for name in (*one.scope.defined, *one.on_instances)}
 
 
 def table(
