@@ -38,6 +38,11 @@ def vllm() -> Files:
 
 
 @pytest.fixture(scope="module")
+def tree(vllm: Files) -> Tree:
+    return Tree(vllm)
+
+
+@pytest.fixture(scope="module")
 def seams(vllm: Files) -> list[Seam]:
     return seams_of(our_files(), vllm)
 
@@ -80,7 +85,7 @@ def _is_made(ours: type, theirs: type, name: str) -> bool:
 
 
 def test_overrides_are_those_of_the_running_classes(
-    seams: list[Seam], vllm: Files, modules: list[types.ModuleType]
+    seams: list[Seam], tree: Tree, modules: list[types.ModuleType]
 ) -> None:
     """Mixins included, over every class they are mixed over."""
     running = set()
@@ -99,7 +104,6 @@ def test_overrides_are_those_of_the_running_classes(
                 behind = [one for one in order[index:] if _of(one) == "vllm" and name in vars(one)]
                 if behind and not _is_made(ours, behind[0], name):
                     running.add(f"{behind[0].__module__}:{behind[0].__qualname__}.{name}")
-    tree = Tree(vllm)
     listed = {
         found.spelled
         for seam in seams
@@ -186,8 +190,7 @@ def test_sources_that_guards_read_are_listed(seams: list[Seam]) -> None:
     assert asked - listed == set()
 
 
-def test_everything_listed_is_in_the_release_we_stand_on(seams: list[Seam], vllm: Files) -> None:
-    tree = Tree(vllm)
+def test_everything_listed_is_in_the_release_we_stand_on(seams: list[Seam], tree: Tree) -> None:
     missing = [
         seam.symbol
         for seam in seams
@@ -197,9 +200,8 @@ def test_everything_listed_is_in_the_release_we_stand_on(seams: list[Seam], vllm
     assert missing == []
 
 
-def test_what_was_read_is_about_seams(seams: list[Seam], vllm: Files) -> None:
+def test_what_was_read_is_about_seams(seams: list[Seam], tree: Tree) -> None:
     """An entry for a symbol that we no longer use must go."""
-    tree = Tree(vllm)
     names = {str(seam.symbol) for seam in seams}
     names |= {found.spelled for seam in seams if (found := tree.find(*seam.symbol)) is not None}
 
