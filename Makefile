@@ -1,4 +1,5 @@
-# Two commands matter: `make demo` and `make test`. Both prepare `.venv` first.
+# Two commands matter: `make demo` and `make test`. Both prepare `.venv` first, and with VLLM=0.33
+# (a line of pyproject.toml) an environment of that line, `.venv-0.33`, and use that.
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-fast test-ray fuzz quality quality-full bench bench-full bench-gpu lint format clean
 
@@ -6,21 +7,27 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
 # cpu, or gpu for vLLM's CUDA build.
 DEVICE ?= cpu
-BIN := .venv/bin
+# The first line of the table in pyproject.toml has `.venv`, every other a folder of its own.
+LINES := $(shell sed -n '/^\[tool\.sink_vllm\.lines\]/,/^\[/s/^"\([^"]*\)" = .*/\1/p' pyproject.toml)
+VLLM ?= $(firstword $(LINES))
+VENV := .venv$(if $(filter-out $(firstword $(LINES)),$(VLLM)),-$(VLLM))
+# An environment to stand on instead of `.venv`, for a line without a CPU wheel.
+BASE ?=
+BIN := $(VENV)/bin
 # Processes the tests are spread over, a file at a time; each may hold an engine, or a server beside it (2 GiB).
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-STAMP := .venv/.installed
+STAMP := $(VENV)/.installed
 ARGS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-install: $(STAMP) ## prepare .venv (does nothing when it is up to date)
-	@echo ".venv is up to date"
+install: $(STAMP) ## prepare .venv (does nothing when it is up to date); VLLM=0.33: .venv-0.33
+	@echo "$(VENV) is up to date"
 
-$(STAMP): pyproject.toml .ci/install.py
-	@$(PYTHON) .ci/install.py --device $(DEVICE)
+$(STAMP): pyproject.toml .ci/install.py $(wildcard .ci/environments/*.py)
+	@$(PYTHON) .ci/install.py --vllm $(VLLM) --device $(DEVICE) $(if $(BASE),--base $(BASE))
 
 demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream from it (ARGS="--help")
 	@$(BIN)/python -m examples.demo $(ARGS)
@@ -66,6 +73,6 @@ format: $(STAMP) ## apply ruff's fixes and format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-clean: ## remove .venv, caches and build output
-	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache
+clean: ## remove the environments, caches and build output
+	rm -rf .venv .venv-* build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

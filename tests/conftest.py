@@ -20,6 +20,8 @@ for _name, _value in ENVIRONMENT.items():
 
 from tests.support.tiny_models import TinyLlama, write_tiny_llama  # noqa: E402
 
+pytest_plugins = ["tests.support.repeating"]
+
 ModelFactory = Callable[[TinyLlama], Path]
 
 

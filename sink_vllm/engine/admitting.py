@@ -199,13 +199,19 @@ class AdmittingMixin(PreemptingMixin):
         adapters = self._adapters | {request.lora_request.lora_int_id}
         return len(adapters) <= self.lora_config.max_loras
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *longest: int | None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Look a waiting request up, and decide whether it is admitted.
 
         A long prompt starts from the longest boundary that is cached, wherever that is. Otherwise
         at least one token below the capacity is left to compute: a hit of ``C`` tokens would leave
         nothing to schedule before the eviction, and vLLM's waiting loop stops for good at a
         request it cannot give a token.
+
+        Args:
+            request: waiting.
+            longest: the most tokens a hit may have, where vLLM gives a length (from 0.33 on).
         """
         stream = self.recycler.streams[request.request_id]
         nothing = self.kv_cache_manager.empty_kv_cache_blocks
@@ -215,7 +221,9 @@ class AdmittingMixin(PreemptingMixin):
             found = self._found[request.request_id] = self.recycler.look_up(request)
             if found is not None:
                 return nothing, self.recycler.show_resumed(request, found), 0, False
-        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(
+            request, *longest
+        )
         if num_tokens >= stream.capacity:
             # Looked up again: windowed layers need pages further back of a shorter prefix.
             hit, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(

@@ -35,6 +35,9 @@ from sink_vllm.policy.plan import REPORT_KEY, Refresh, StepPlan
 # Below vLLM's own logger, whose handlers print it.
 logger = init_logger(f"vllm.{__name__}")
 
+_DISCARDED = 0
+"""A token that vLLM drops unread."""
+
 
 class StreamingLLMMixin(AdmittingMixin):
     """Streams long prompts in, sends what was compacted again, and has no length limit."""
@@ -83,8 +86,10 @@ class StreamingLLMMixin(AdmittingMixin):
         """The next input of a session may be longer than its cache."""
         holds_none = self.admission.standing(session.request_id) is Standing.WAITING
         if holds_none:
-            # It was parked: its tokens are those it had computed.
+            # It was parked: its tokens are those it had computed. vLLM discards what was sampled
+            # behind them, found from the computed tokens on one line and from the end on another.
             session.num_computed_tokens = session.num_tokens
+            session._all_token_ids.append(_DISCARDED)
         self._unpark(session)
         visible = self.recycler.extend(session, update.prompt_token_ids or [])
         super()._update_request_as_session(session, replace(update, prompt_token_ids=visible))

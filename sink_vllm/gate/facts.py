@@ -86,7 +86,6 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
     speculative = vllm_config.speculative_config
     transfer = vllm_config.kv_transfer_config
     import torch
-    from vllm import envs
     from vllm.platforms import current_platform
 
     return Facts(
@@ -106,10 +105,17 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         pipeline_parallel=parallel.pipeline_parallel_size,
         watermarking=None if (mark := vllm_config.watermark_config) is None else mark.algorithm,
         v2_runner=vllm_config.use_v2_model_runner,
-        legacy_ray_executor=parallel.use_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+        legacy_ray_executor=parallel.use_ray and older_ray_executor(),
         microbatching=parallel.use_ubatching,
         kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
     )
+
+
+def older_ray_executor() -> bool:
+    """Whether Ray would run vLLM's older executor, which 0.33 no longer has."""
+    from vllm import envs
+
+    return not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
 
 
 def model_facts(model_config: "ModelConfig") -> dict[str, Any]:

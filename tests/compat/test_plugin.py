@@ -78,6 +78,7 @@ def _resolve(target: str) -> object:
     return vars(holder)[name]
 
 
+@pytest.mark.server
 def test_vllm_loads_the_plugin_by_itself() -> None:
     """What happens in every process of vLLM, with nothing imported by hand."""
     _python(
@@ -87,6 +88,7 @@ def test_vllm_loads_the_plugin_by_itself() -> None:
     )
 
 
+@pytest.mark.server
 def test_unpickling_options_loads_the_plugin() -> None:
     """For processes that get a finished configuration and never load plugins themselves."""
     from sink_vllm.compat.shipping import ShippedConfig
@@ -108,12 +110,12 @@ def test_supported_versions_are_those_of_pyproject() -> None:
     assert set(supported_versions().split(",")) == set(requirement[len("vllm") :].split(","))
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.5", "0.32.0+cpu", "0.32.1rc1"])
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.5", "0.32.0+cpu", "0.33.0", "0.33.1rc1"])
 def test_supported_vllm_is_accepted(found: str) -> None:
     assert is_supported(found)
 
 
-@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0.0", "0.32.0rc1", "dev"])
+@pytest.mark.parametrize("found", ["0.31.9", "0.34.0", "0.34.0rc1", "1.0.0", "0.32.0rc1", "dev"])
 def test_other_vllm_is_refused_with_both_versions(found: str) -> None:
     assert not is_supported(found)
     assert f"--kv-policy sink needs vLLM {supported_versions()}, found vLLM {found};" in refusal_of(

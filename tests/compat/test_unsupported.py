@@ -15,6 +15,8 @@ from tests.conftest import ModelFactory
 from tests.support.other_vllm import VLLM, environment_of
 from tests.support.tiny_models import TinyLlama
 
+pytestmark = pytest.mark.server  # all of them start processes of vLLM
+
 OLDER, NEWER = "0.31.0", "0.34.0"
 STANDS_ASIDE = "it stands aside"
 
@@ -96,7 +98,6 @@ def test_a_command_with_the_flag_ends_with_the_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.server
 def test_a_server_without_the_flag_is_stock(tiny_llama: ModelFactory, tmp_path: Path) -> None:
     model = tiny_llama(TinyLlama())
     flags = ["--dtype", "float32", "--enforce-eager", "--num-gpu-blocks-override", "64"]

@@ -54,7 +54,7 @@ def test_async_streams_equal_the_oracle(engine: Engine, oracle: Oracle) -> None:
 
     A stream drains before it evicts: nothing is in flight while its pages move.
     """
-    results = engine.greedy(PROMPTS, 1_500)
+    results = engine.greedy(PROMPTS, 1_380)
 
     verdict = judge(oracle, POLICY, PROMPTS, results)
     print(verdict)

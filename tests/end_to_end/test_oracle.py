@@ -102,8 +102,46 @@ def test_forcing_its_own_tokens_changes_nothing(tmp_path: Path) -> None:
     forced = oracle.run(prompts, 4, 20, 8, 40, forced=[result.tokens for result in free])
     other = oracle.run(prompts, 4, 20, 8, 40, forced=[[7] * 40, [7] * 40])
 
-    assert forced == free
+    for one, led in zip(free, forced, strict=True):
+        assert (led.tokens, led.evictions) == (one.tokens, one.evictions)
+        assert led.logprobs == pytest.approx(one.logprobs, abs=3e-5)
     assert all(result.tokens == [7] * 40 and min(result.gaps) < 0 for result in other)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_tokens_that_are_known_may_be_computed_together(
+    name: str, truncate: bool, tmp_path: Path
+) -> None:
+    """Whole spans between two evictions give what one token after the other gives."""
+    prompts = [random_tokens(count, count) for count in (1, 31, 32, 33, 50, 200)]
+    oracle = Oracle(write_tiny_llama(tmp_path, SHAPES[name]))
+
+    one_by_one = oracle.run(prompts, 5, 16, 11, 120, truncate=truncate, at_once=1)
+    forced = [result.tokens for result in one_by_one]
+    for given in (None, forced):
+        together = oracle.run(prompts, 5, 16, 11, 120, truncate=truncate, forced=given)
+
+        assert [result.tokens for result in together] == forced
+        for one, other in zip(one_by_one, together, strict=True):
+            assert one.evictions == other.evictions >= 8
+            assert one.logprobs == pytest.approx(other.logprobs, abs=3e-5)
+            assert one.gaps == pytest.approx(other.gaps, abs=1e-4)
+
+
+def test_what_adjusts_logits_sees_the_cache_of_its_token(tmp_path: Path) -> None:
+    """Penalties of a span computed together are those of each token's own past."""
+    prompts = [random_tokens(count, count) for count in (3, 40)]
+    oracle = Oracle(write_tiny_llama(tmp_path, TinyLlama(layers=2)))
+    adjust = penalties(repetition=1.3, frequency=0.4, presence=0.2)
+
+    free = oracle.run(prompts, 4, 20, 8, 60, adjust=adjust, at_once=1)
+    forced = [result.tokens for result in free]
+    together = oracle.run(prompts, 4, 20, 8, 60, adjust=adjust, forced=forced)
+
+    for one, other in zip(free, together, strict=True):
+        assert min(other.gaps) > -1e-4
+        assert one.gaps == pytest.approx(other.gaps, abs=1e-4)
 
 
 def test_streams_do_not_see_each_other(tmp_path: Path) -> None:

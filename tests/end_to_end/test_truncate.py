@@ -29,11 +29,11 @@ def test_a_conversation_goes_on_where_it_was_streamed_and_is_cut_elsewhere(
 
         def answer(policy: Policy) -> Generated:
             """The answer to the conversation, by the schedule of ``policy``, twice the same."""
-            (first,) = engine.greedy([conversation], 200)
+            (first,) = engine.greedy([conversation], 170)
             verdict = judge(oracle, policy, [conversation], [first])
             assert verdict.least_evictions >= 4
-            (again,) = engine.greedy([conversation], 200)
-            assert again.tokens == first.tokens
+            (again,) = engine.greedy([conversation], 40)
+            assert again.tokens == first.tokens[:40]
             return first
 
         for turn in range(3):

@@ -46,6 +46,12 @@ def oracle(tiny_llama: ModelFactory) -> Oracle:
     return Oracle(tiny_llama(SHAPE))
 
 
+@pytest.fixture(scope="module")
+def free(engine: Engine) -> list[Generated]:
+    """The greedy streams of all prompts, which nobody asked anything else of."""
+    return engine.greedy(PROMPTS, 540)
+
+
 @pytest.mark.parametrize("max_tokens", [1, 31, 32, 33, 95, 96, 97, 500])
 def test_max_tokens_is_exact(engine: Engine, max_tokens: int) -> None:
     """Evicted output tokens still count: every stream ends at its limit, with reason length."""
@@ -74,15 +80,15 @@ def first_late_token(tokens: list[int], after: int) -> tuple[int, int]:
     raise AssertionError("the model repeats itself; choose another seed")
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=map(str, LENGTHS))
-def test_stop_token_ends_the_stream(engine: Engine, prompt: list[int]) -> None:
+@pytest.mark.parametrize("number", range(len(PROMPTS)), ids=map(str, LENGTHS))
+def test_stop_token_ends_the_stream(engine: Engine, free: list[Generated], number: int) -> None:
     """A stop token that first appears after several evictions ends the stream there."""
-    (free,) = engine.greedy([prompt], 500)
-    index, token = first_late_token(free.tokens, after=130)
+    tokens = free[number].tokens
+    index, token = first_late_token(tokens, after=130)
 
-    (stopped,) = engine.greedy([prompt], 500, stop_token_ids=[token])
+    (stopped,) = engine.greedy([PROMPTS[number]], 500, stop_token_ids=[token])
 
-    assert stopped.tokens == free.tokens[: index + 1]
+    assert stopped.tokens == tokens[: index + 1]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token)
     assert stopped.evictions >= 1
 
@@ -102,9 +108,10 @@ def test_eos_ends_the_stream_unless_ignored(engine: Engine) -> None:
     assert all(result.tokens == [EOS] * 250 for result in ignored)
 
 
-def test_min_tokens_forbids_stopping_and_nothing_else(engine: Engine, oracle: Oracle) -> None:
+def test_min_tokens_forbids_stopping_and_nothing_else(
+    engine: Engine, oracle: Oracle, free: list[Generated]
+) -> None:
     """Until ``min_tokens`` the stop tokens are masked; the rest is the masked oracle's stream."""
-    free = engine.greedy(PROMPTS, 300)
     stops = sorted({token for result in free for token in result.tokens[100:110]})
     limit = 280
 
@@ -173,16 +180,16 @@ def test_a_seed_fixes_the_stream_alone_and_in_a_batch(engine: Engine) -> None:
     ids=["repetition", "frequency", "presence", "all"],
 )
 def test_penalties_cover_the_tokens_in_the_cache(
-    engine: Engine, oracle: Oracle, strengths: dict[str, float]
+    engine: Engine, oracle: Oracle, free: list[Generated], strengths: dict[str, float]
 ) -> None:
     """Penalties see the cached prompt and output tokens; evicted tokens are forgotten."""
     params = {f"{name}_penalty": value for name, value in strengths.items()}
 
-    results = engine.greedy(PROMPTS, 600, **params)
+    results = engine.greedy(PROMPTS, 540, **params)
 
     verdict = judge(oracle, POLICY, PROMPTS, results, adjust=penalties(**strengths))
     assert verdict.least_evictions >= 15
-    assert results[0].tokens != engine.greedy(PROMPTS[:1], 600)[0].tokens
+    assert results[0].tokens != free[0].tokens
 
 
 def test_logprobs_of_every_generated_token(engine: Engine) -> None:

@@ -67,9 +67,9 @@ class Crowd:
             clients.append(
                 Client(
                     prompt=prompt,
-                    max_tokens=rng.randint(1, 250),
+                    max_tokens=rng.randint(1, 120),
                     priority=rng.randint(0, 3),
-                    abort_after=rng.randint(0, 150) if rng.random() < 0.25 else None,
+                    abort_after=rng.randint(0, 100) if rng.random() < 0.25 else None,
                 )
             )
         crowd = cls(engine, clients)

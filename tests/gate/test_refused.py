@@ -114,6 +114,7 @@ def test_the_sentence_of_another_process_comes_last(capfd: pytest.CaptureFixture
     )
 
 
+@pytest.mark.server
 def test_a_server_that_is_refused_ends_without_a_traceback(tmp_path: Path) -> None:
     tmp_path.joinpath("config.json").write_text(json.dumps(GPT2))
 

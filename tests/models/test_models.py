@@ -18,7 +18,7 @@ from tests.conftest import ModelFactory
 from tests.support.engine import Generated, Policy, check_all_free, running_engine
 from tests.support.families import FAMILIES
 from tests.support.family import Family, write_family
-from tests.support.judge import Verdict, judge, random_tokens
+from tests.support.judge import TOLERANCE, Verdict, judge, random_tokens
 from tests.support.models_table import EVICTIONS, markdown
 from tests.support.oracle import Oracle
 from tests.support.oracle_hf import HFOracle, classes_restored
@@ -31,8 +31,9 @@ PROMPTS = [random_tokens(length, length) for length in (5, 150)]
 NUM_TOKENS = 500
 
 
-def case_of(family: Family) -> Any:
-    marks = [pytest.mark.engine, *([] if family.quick else [pytest.mark.slow])]
+def case_of(family: Family, engine: bool = True) -> Any:
+    marks = [pytest.mark.engine] if engine else []
+    marks += [] if family.quick else [pytest.mark.slow]
     return pytest.param(family, id=family.slug, marks=marks)
 
 
@@ -99,6 +100,20 @@ def test_oracles_agree_on_llama(tiny_llama: ModelFactory, rope: dict[str, float 
         assert one.evictions == other.evictions >= 2
         assert one.tokens == other.tokens
         assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+
+
+@pytest.mark.parametrize("family", [case_of(one, engine=False) for one in FAMILIES])
+def test_judges_take_known_tokens_together(family: Family, tmp_path: Path) -> None:
+    """Whole spans between two evictions give what one token after the other gives."""
+    oracle = HFOracle(write_family(tmp_path, family))
+
+    one_by_one = oracle.run(PROMPTS, 4, 28, 16, 40, at_once=1)
+    forced = [result.tokens for result in one_by_one]
+    together = oracle.run(PROMPTS, 4, 28, 16, 40, forced=forced)
+
+    for one, other in zip(one_by_one, together, strict=True):
+        assert min(other.gaps) > -TOLERANCE
+        assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
 @pytest.mark.slow  # vLLM looks at each model class in a process of its own

@@ -119,6 +119,7 @@ StreamingLLMStatLogger(config, [0]).record(stats, None)
 """
 
 
+@pytest.mark.server
 def test_several_api_servers_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step's numbers go to one of them; Prometheus' multiprocess mode sums them."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))

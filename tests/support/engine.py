@@ -214,7 +214,11 @@ def running_engine(
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # The CPU worker forbids this for the rest of the process; the next engine needs it.
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)
-        engine = Engine(LLM(str(model), **(defaults | engine_args)))
+        with pytest.MonkeyPatch.context() as starting:
+            # vLLM collects garbage ten times while it starts: seconds in a process with so many
+            # modules. What there is goes in the collection at the end.
+            starting.setattr(gc, "collect", lambda *_: 0)
+            engine = Engine(LLM(str(model), **(defaults | engine_args)))
         if guarded:
             engine.after_step += [lambda: check_pages(engine), engine.poison_free_pages]
         engine._hook()
@@ -225,8 +229,7 @@ def running_engine(
             engine.llm.llm_engine.engine_core.shutdown()
             engine.after_step.clear()
             del engine.llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
+            cleanup_dist_env_and_memory()  # it collects garbage
 
 
 @contextmanager

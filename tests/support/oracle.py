@@ -6,6 +6,10 @@ them. Nothing is paged, chunked, shared or re-rotated, and nothing of ``sink_vll
 the eviction rule is written here a second time, from its definition: *when the cache holds
 ``C = S + W + g`` tokens and one more must be computed, drop the ``g`` oldest tokens that are not
 among the first ``S`` of the stream*.
+
+Tokens that are known, of a prompt or forced, are computed together up to the next eviction: dense
+causal attention, which is the same as one after the other (``at_once=1``) and takes a fraction of
+the time. ``tests/end_to_end/test_oracle.py`` compares the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +40,11 @@ class Stream:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.prompt_len :]
+
+    @property
+    def known(self) -> list[int]:
+        """Tokens that can be computed: all but what the model must choose first."""
+        return [*self.tokens[: self.prompt_len], *self.forced] if self.forced else self.tokens
 
     @property
     def done(self) -> bool:
@@ -79,6 +88,7 @@ class Oracle:
         forced: Sequence[Sequence[int]] | None = None,
         adjust: Adjust | None = None,
         truncate: bool = False,
+        at_once: int | None = None,
     ) -> list[OracleResult]:
         """Generate ``num_tokens`` greedy tokens for each prompt.
 
@@ -87,6 +97,7 @@ class Oracle:
             forced: take these tokens instead of the best ones (teacher forcing).
             adjust: changes the logits ``[vocab]`` of a stream before its token is chosen.
             truncate: leave the tokens a streamed prompt would have evicted out of the prompt.
+            at_once: most tokens of a stream in one pass of the model; ``None``: what is known.
         """
         capacity = S + W + g
         skipped = [0 for _ in prompts]
@@ -108,18 +119,29 @@ class Oracle:
         active = streams
         cache = self.llama.new_cache(len(active), capacity)
         while active:
+            chunks: list[list[int]] = []
             for row, stream in enumerate(active):
                 if len(stream.cached) == capacity:
                     cache.drop(row, S, S + g)
                     del stream.cached[S : S + g]
                     stream.evictions += 1
-                stream.cached.append(stream.computed)
-                stream.computed += 1
-            tokens = [stream.tokens[stream.computed - 1] for stream in active]
-            sampling = [row for row, s in enumerate(active) if s.computed == len(s.tokens)]
-            logits = self.llama.step(tokens, cache, sampling)
-            for row, row_logits in zip(sampling, logits, strict=True):
-                _choose(active[row], row_logits, adjust)
+                room = min(capacity - len(stream.cached), at_once or capacity)
+                last = stream.prompt_len + num_tokens - 1  # its logits nobody asks for
+                chunks.append(stream.known[stream.computed : min(stream.computed + room, last)])
+            sampling = [
+                (row, column)
+                for row, (stream, chunk) in enumerate(zip(active, chunks, strict=True))
+                for column in range(len(chunk))
+                if stream.computed + column + 1 >= stream.prompt_len
+            ]
+            logits = self.llama.step(chunks, cache, sampling)
+            choices = iter(_choices(logits, adjust))
+            for stream, chunk in zip(active, chunks, strict=True):
+                for _ in chunk:
+                    stream.cached.append(stream.computed)
+                    stream.computed += 1
+                    if stream.computed == len(stream.tokens):
+                        _choose(stream, next(choices), adjust)
             left = [row for row, stream in enumerate(active) if not stream.done]
             if len(left) < len(active):
                 active = [active[row] for row in left]
@@ -130,17 +152,37 @@ class Oracle:
         ]
 
 
-def _choose(stream: Stream, logits: torch.Tensor, adjust: Adjust | None) -> None:
-    """Append the next token of ``stream`` given its raw ``logits`` ``[vocab]``."""
-    adjusted = logits if adjust is None else adjust(logits.clone(), stream)
-    values, indices = torch.topk(adjusted, 2)
-    token = int(indices[0])
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """Raw logits ``[vocab]``, their log-sum-exp, and the two best of them where that is all."""
+
+    raw: torch.Tensor
+    total: float
+    best: tuple[list[float], list[int]] | None
+
+
+def _choices(logits: torch.Tensor, adjust: Adjust | None) -> list[_Logits]:
+    """What ``_choose`` needs of each row, computed for all rows together."""
+    if not len(logits):
+        return []
+    totals = logits.logsumexp(-1).tolist()
+    if adjust is not None:
+        return [_Logits(row, total, None) for row, total in zip(logits, totals, strict=True)]
+    best = zip(*(two.tolist() for two in logits.topk(2)), strict=True)
+    return [_Logits(*one) for one in zip(logits, totals, best, strict=True)]
+
+
+def _choose(stream: Stream, of: _Logits, adjust: Adjust | None) -> None:
+    """Append the next token of ``stream``."""
+    adjusted = of.raw if adjust is None else adjust(of.raw.clone(), stream)
+    values, indices = of.best or (two.tolist() for two in adjusted.topk(2))
+    token = indices[0]
     if stream.forced is not None:
         token = stream.forced[len(stream.tokens) - stream.prompt_len]
-    runner_up = values[1] if token == int(indices[0]) else values[0]
+    logit, runner_up = float(adjusted[token]), values[1] if token == indices[0] else values[0]
     stream.tokens.append(token)
-    stream.logprobs.append(float(logits[token] - torch.logsumexp(logits, 0)))
-    stream.gaps.append(float(adjusted[token] - runner_up))
+    stream.logprobs.append(float(of.raw[token]) - of.total)
+    stream.gaps.append(logit - runner_up)
 
 
 def penalties(repetition: float = 1.0, frequency: float = 0.0, presence: float = 0.0) -> Adjust:

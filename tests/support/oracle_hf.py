@@ -1,7 +1,7 @@
 """Token-by-token StreamingLLM for any model of transformers: the judge of the model families.
 
 The eviction rule is that of ``tests.support.oracle``; the forward pass is the model's own code of
-transformers, one token at a time. The cache keeps *un-rotated* keys: while a model runs, its
+transformers. The cache keeps *un-rotated* keys: while a model runs, its
 module's ``apply_rotary_pos_emb`` rotates the query and leaves the key alone, and the cache rotates
 all keys of a layer, at every step, by their cache positions, with that same function. So pairing,
 partial rotation, scaling and magnitude are whatever transformers does, layers that do not call
@@ -220,22 +220,30 @@ class HFModel:
             cache.latent = kind.startswith("deepseek")
         return Caches(caches)
 
-    def step(self, tokens: Sequence[int], cache: Caches, sampling: Sequence[int]) -> torch.Tensor:
-        """Append one token to every stream; logits ``[len(sampling), vocab]`` of those rows."""
-        logits = [self._step(token, row) for token, row in zip(tokens, cache.rows, strict=True)]
-        return torch.stack([logits[row] for row in sampling]) if sampling else torch.empty(0)
+    def step(
+        self, tokens: Sequence[Sequence[int]], cache: Caches, sampling: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Append tokens to every stream; logits ``[len(sampling), vocab]``.
 
-    def _step(self, token: int, cache: UnrotatedCache) -> torch.Tensor:
+        Args:
+            sampling: stream, and which of its ``tokens`` the logits are wanted of.
+        """
+        logits = [self._step(some, row) for some, row in zip(tokens, cache.rows, strict=True)]
+        wanted = [logits[row][column] for row, column in sampling]
+        return torch.stack(wanted) if wanted else torch.empty(0)
+
+    def _step(self, tokens: Sequence[int], cache: UnrotatedCache) -> torch.Tensor:
         at = cache.get_seq_length()
-        inputs: dict[str, Any] = {"attention_mask": torch.ones(1, at + 1, dtype=torch.long)}
+        end = at + len(tokens)
+        inputs: dict[str, Any] = {"attention_mask": torch.ones(1, end, dtype=torch.long)}
         if self.rotary.original is not None:
-            inputs["position_ids"] = torch.tensor([[at]])
+            inputs["position_ids"] = torch.arange(at, end)[None]
         with self.rotary.installed(cache):
-            result = self.model(torch.tensor([[token]]), past_key_values=cache, **inputs)
+            result = self.model(torch.tensor([tokens]), past_key_values=cache, **inputs)
         kept: Cache = result.past_key_values
         assert kept is cache
-        assert cache.get_seq_length() == at + 1
-        logits: torch.Tensor = result.logits[0, -1]
+        assert cache.get_seq_length() == end
+        logits: torch.Tensor = result.logits[0]
         return logits
 
 

@@ -1,4 +1,4 @@
-"""The Llama forward of the oracle: one token per stream and step, un-rotated keys in the cache."""
+"""The Llama forward of the oracle: dense, with un-rotated keys in the cache."""
 
 import json
 import math
@@ -77,33 +77,49 @@ class Llama:
         zeros = torch.zeros(shape, dtype=self.dtype)
         return Cache(zeros, zeros.clone(), [0] * streams)
 
-    def step(self, tokens: Sequence[int], cache: Cache, sampling: Sequence[int]) -> torch.Tensor:
-        """Append one token to every stream; logits ``[len(sampling), vocab]`` of those rows."""
-        rows = torch.arange(len(tokens))
-        last = torch.tensor(cache.lengths)
-        cache.lengths = [length + 1 for length in cache.lengths]
+    def step(
+        self, tokens: Sequence[Sequence[int]], cache: Cache, sampling: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Append tokens to every stream; logits ``[len(sampling), vocab]``.
+
+        Args:
+            tokens: of every stream, at least one; a token sees those before it and itself.
+            sampling: stream, and which of its ``tokens`` the logits are wanted of.
+        """
+        given = [torch.tensor(one) for one in tokens]
+        ids = torch.nn.utils.rnn.pad_sequence(given, batch_first=True)
+        counts = torch.tensor([len(one) for one in tokens])
+        at = torch.tensor(cache.lengths)[:, None] + torch.arange(ids.shape[1])
+        rows, columns = (torch.arange(ids.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
+        written = at[rows, columns]
+        cache.lengths = [n + len(one) for n, one in zip(cache.lengths, tokens, strict=True)]
         longest = max(cache.lengths)
         cos, sin = self._rotation(longest)
-        outside = (torch.arange(longest) > last[:, None])[:, None, None, :]
-        x = self.embedding[torch.tensor(tokens)]
+        # [streams, kv heads, query heads per kv head × tokens, cache positions]
+        outside = (torch.arange(longest) > at[:, :, None])[:, None]
+        outside = outside.repeat(1, 1, self.heads // self.kv_heads, 1)
+        turn = at.clamp(max=longest - 1)  # what is beyond is padding
+        of_queries = cos[turn][:, :, None], sin[turn][:, :, None]
+        x = self.embedding[ids]
         for index, layer in enumerate(self.layers):
             normed = F.rms_norm(x, (x.shape[-1],), layer.attention_norm, self.eps)
-            qkv = (normed @ layer.qkv.T).view(len(tokens), -1, self.head_size)
-            query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            cache.keys[index, rows, :, last] = key
-            cache.values[index, rows, :, last] = value
-            query = _rotate(query, cos[last, None], sin[last, None])
-            query = query.reshape(len(tokens), self.kv_heads, -1, self.head_size)
+            qkv = (normed @ layer.qkv.T).unflatten(-1, (-1, self.head_size))
+            query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+            cache.keys[index, rows, :, written] = key[rows, columns]
+            cache.values[index, rows, :, written] = value[rows, columns]
+            query = _rotate(query, *of_queries).transpose(1, 2)
+            query = query.reshape(len(ids), self.kv_heads, -1, self.head_size)
             keys = _rotate(cache.keys[index, :, :, :longest], cos, sin)
             scores = query @ keys.transpose(-1, -2) / math.sqrt(self.head_size)
             shares = torch.softmax(scores.masked_fill(outside, -torch.inf), dim=-1)
             attended = shares @ cache.values[index, :, :, :longest]
-            x = x + attended.reshape(len(tokens), -1) @ layer.out.T
+            attended = attended.view(len(ids), self.heads, -1, self.head_size)
+            x = x + attended.transpose(1, 2).flatten(2) @ layer.out.T
             normed = F.rms_norm(x, (x.shape[-1],), layer.mlp_norm, self.eps)
             gate, up = (normed @ layer.gate_up.T).chunk(2, dim=-1)
             x = x + (F.silu(gate) * up) @ layer.down.T
-        x = F.rms_norm(x[list(sampling)], (x.shape[-1],), self.norm, self.eps)
-        return x @ self.lm_head.T
+        x = x[[row for row, _ in sampling], [column for _, column in sampling]]
+        return F.rms_norm(x, (x.shape[-1],), self.norm, self.eps) @ self.lm_head.T
 
     def _rotation(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[length, head_size]`` of cache positions ``0..length-1``."""

@@ -1,0 +1,1 @@
+"""What `make install` makes: one virtual environment per vLLM line. Standard library only."""
