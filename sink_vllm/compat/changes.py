@@ -120,7 +120,7 @@ OBJECT_CHANGES = (
             "data.sampling_params*",
             "output.kv_transfer_params",
             "output.scheduled_new_reqs.extend",
-            "session.num_computed_tokens",
+            "session.*",
             "structured.reasoning_ended",
             "cache.*",
         )

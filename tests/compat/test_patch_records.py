@@ -96,6 +96,27 @@ def test_index_lists_every_record() -> None:
     assert [path.name for path in RECORDS if f"({path.name})" not in index] == []
 
 
+def test_index_counts_what_is_replaced() -> None:
+    """And so does the account of what stands in the way of fewer."""
+    index, way = (ROOT / "patches" / "README.md").read_text().split("What vLLM lacks")
+    counts = {
+        number: (int(names or 0), int(swaps or 0))
+        for number, names, swaps in re.findall(
+            r"^\| \[(\d{4})\].*?\| (\d*) ?\| (\d*) ?\|[^|]*\|$", index, flags=re.M
+        )
+    }
+    patches, swaps = declared_patches(), [one for one in _assigned() if "__class__" in one.what]
+    elsewhere = [patch for patch in patches if patch.record.startswith("0040")]
+    in_the_way = re.findall(r"^\| .*? \| (\d+) \| [\d, ]+ \|$", way, flags=re.M)
+
+    assert sorted(counts) == [record.stem[:4] for record in RECORDS]
+    for number, (names, _) in counts.items():
+        assert names == sum(patch.record.startswith(number) for patch in patches), number
+    assert sum(swap for _, swap in counts.values()) == len(swaps)
+    assert sum(map(int, in_the_way)) == len(patches) - len(elsewhere)
+    assert f"In all {len(patches)} names and {len(swaps)} swaps; on 0.33 " in index
+
+
 # Objects of ours, by the names the code gives them; what else is assigned to is vLLM's.
 OURS = {
     "sink_vllm.engine": {

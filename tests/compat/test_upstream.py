@@ -61,9 +61,7 @@ def test_a_change_that_does_not_fit_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def happened(
-    tiny_llama: ModelFactory, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def happened(tiny_llama: ModelFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a stock engine with all changes did with classes of the test's own."""
     environment = overlay(DIFFS, tmp_path_factory.mktemp("changed"))
     environment |= {

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
@@ -113,7 +114,7 @@ def lengths(engine: Any, prompt_length: int) -> Any:
             "r", {"type": "token", "prompt_token_ids": [5] * prompt_length},
             SamplingParams(max_tokens=None), supported_tasks=("generate",),
         )  # fmt: skip
-    except ValueError as error:
+    except VLLMValidationError as error:
         return str(error)
     return request.sampling_params.max_tokens
 
