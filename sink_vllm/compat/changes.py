@@ -31,12 +31,13 @@ ON_DEMAND_MODULES = ("sink_vllm.ray.patches", "sink_vllm.compat.unsupported")
 
 
 class ObjectChange(NamedTuple):
-    """An assignment to an attribute of an object of vLLM."""
+    """An object of vLLM gets, loses or changes an attribute."""
 
     where: str
     """The module, or a package for all of its modules."""
     what: str
-    """What is assigned to, as the code spells it (with ``*`` for anything)."""
+    """What is assigned to, or the method that changes it, as the code spells it (with ``*`` for
+    anything)."""
     record: str
 
 
@@ -68,14 +69,11 @@ OBJECT_CHANGES = (
     ObjectChange("sink_vllm.server.response_state", "processor.logprobs", "0043-endless-responses"),
     ObjectChange("sink_vllm.server.memory", "processed.reqs_to_abort", "0043-endless-responses"),
     ObjectChange("sink_vllm.server.detokenizer", "*.__class__", "0043-endless-responses"),
+    ObjectChange("sink_vllm.server.prompts", "vars(raw_request).pop", "0007-streamed-responses"),
     ObjectChange(
-        "sink_vllm.worker.cpu_worker", "self.model_runner.__class__", "0044-cpu-model-runner"
-    ),
-    ObjectChange(
-        "sink_vllm.worker.cpu_worker", "self.input_batch.generators[*]", "0044-cpu-model-runner"
-    ),
-    ObjectChange(
-        "sink_vllm.worker.runner_v2", "state.prepare_*", "0045-positions-of-the-model-state"
+        "sink_vllm.worker.cpu_worker",
+        "self.input_batch.generators*",
+        "0044-generators-of-discarded-rows",
     ),
     ObjectChange(
         "sink_vllm.worker.layers.rotation", "self.rotary.cos_sin_cache", "0046-longer-rope-tables"
@@ -84,6 +82,7 @@ OBJECT_CHANGES = (
     ObjectChange("sink_vllm.server.lengths", "front.<_ATTRIBUTE>", "0047-marks"),
     ObjectChange("sink_vllm.server.lengths", "front.model_config.<_ATTRIBUTE>", "0047-marks"),
     ObjectChange("sink_vllm.server.renderer", "renderer.<_ATTRIBUTE>", "0047-marks"),
+    ObjectChange("sink_vllm.server.pin", "vars(renderer).setdefault", "0047-marks"),
     ObjectChange("sink_vllm.engine", "output.<StepPlan.ATTRIBUTE>", "0047-marks"),
     ObjectChange("sink_vllm.engine.input_thread", "made.<PREPARED>", "0047-marks"),
     ObjectChange("sink_vllm.compat.patching", "owner.*", "0047-marks"),
@@ -103,6 +102,16 @@ OBJECT_CHANGES = (
         )
     ),
     ObjectChange("sink_vllm.server.streams", "params.*", "0048-values-of-a-request"),
+    ObjectChange(
+        "sink_vllm.policy.stats",
+        "scheduler_stats.num_kv_fetch_reqs_by_stage.update",
+        "0048-values-of-a-request",
+    ),
+    ObjectChange(
+        "sink_vllm.worker.runner_v1",
+        "req_state.output_token_ids.extend",
+        "0048-values-of-a-request",
+    ),
     *(
         ObjectChange("sink_vllm.engine", what, "0048-values-of-a-request")
         for what in (
@@ -110,7 +119,8 @@ OBJECT_CHANGES = (
             "params.*",
             "data.sampling_params*",
             "output.kv_transfer_params",
-            "session.num_computed_tokens",
+            "output.scheduled_new_reqs.extend",
+            "session.*",
             "structured.reasoning_ended",
             "cache.*",
         )

@@ -143,6 +143,5 @@ def forget_input(engine_input: dict[str, Any]) -> None:
 
 def forget_body(raw_request: Any) -> None:
     """Drop the bytes and the JSON that Starlette keeps of a request it has parsed."""
-    attributes = getattr(raw_request, "__dict__", {})
     for kept in ("_body", "_json"):
-        attributes.pop(kept, None)
+        vars(raw_request).pop(kept, None)

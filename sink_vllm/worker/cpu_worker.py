@@ -68,10 +68,12 @@ class StreamingLLMCPUWorker(StreamingLLMWorker, CPUWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        # CPUWorker builds its runner inside this method, without a factory to override. The
-        # runner has not loaded anything yet, so it can still become one of ours.
-        ours = {
-            CPUModelRunner: StreamingLLMCPUModelRunner,
-            CPUModelRunnerV2: StreamingLLMCPUModelRunnerV2,
-        }
-        self.model_runner.__class__ = ours[type(self.model_runner)]
+        # CPUWorker makes a runner inside this method, without a factory to override. It has loaded
+        # nothing yet; it goes as it came, and ours is made the same way.
+        self.model_runner = self._make_model_runner()
+
+    def _make_model_runner(self) -> Any:
+        cls = (
+            StreamingLLMCPUModelRunnerV2 if self.use_v2_model_runner else StreamingLLMCPUModelRunner
+        )
+        return cls(self.vllm_config, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """What the policy adds to vLLM's V2 model runner (worker process)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,43 @@ from sink_vllm.worker.runner import StreamingLLMRunner
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
+
+
+class StateWithPositions:
+    """A runner's model state, whatever its class, with positions of the model's own.
+
+    What a model state returns overrides the model's inputs, in steps, in dummy runs and where CUDA
+    graphs are captured. Everything else that is read, called or assigned here is the state's.
+    """
+
+    def __init__(
+        self,
+        state: Any,
+        positions: "Callable[[InputBatch], torch.Tensor]",
+        dummy_positions: Callable[[int], torch.Tensor],
+    ) -> None:
+        vars(self).update(
+            _wrapped_state=state, _positions_of=positions, _dummy_positions_of=dummy_positions
+        )
+
+    def prepare_inputs(self, input_batch: "InputBatch", *args: Any, **kwargs: Any) -> Any:
+        inputs = self._wrapped_state.prepare_inputs(input_batch, *args, **kwargs)
+        return {**inputs, "positions": self._positions_of(input_batch)}
+
+    def prepare_dummy_inputs(
+        self, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        inputs = self._wrapped_state.prepare_dummy_inputs(num_reqs, num_tokens, *args, **kwargs)
+        return {**inputs, "positions": self._dummy_positions_of(num_tokens)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_wrapped_state"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._wrapped_state, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._wrapped_state, name)
 
 
 class StreamingLLMRunnerV2(StreamingLLMRunner):
@@ -30,27 +68,12 @@ class StreamingLLMRunnerV2(StreamingLLMRunner):
         self._rope_positions = torch.zeros(
             self.max_num_tokens, dtype=torch.int64, device=self.device
         )
-        self._give_model_its_own_positions()
-
-    def _give_model_its_own_positions(self) -> None:
-        """Wrap the two methods of the model state whose results override the model's inputs.
-
-        On the instance, so that it works for every model state, those of models included. The
-        dummy inputs matter as much as the real ones: CUDA graphs capture that buffer's address.
-        """
-        state = self.model_state
-        prepare_inputs, prepare_dummy_inputs = state.prepare_inputs, state.prepare_dummy_inputs
-
-        def with_rope_positions(input_batch: "InputBatch", req_states: Any) -> dict[str, Any]:
-            inputs = prepare_inputs(input_batch, req_states)
-            return {**inputs, "positions": self._fill_rope_positions(input_batch)}
-
-        def with_dummy_positions(num_reqs: int, num_tokens: int) -> dict[str, Any]:
-            inputs = prepare_dummy_inputs(num_reqs, num_tokens)
-            return {**inputs, "positions": self._rope_positions[:num_tokens]}
-
-        state.prepare_inputs = with_rope_positions
-        state.prepare_dummy_inputs = with_dummy_positions
+        # CUDA graphs capture the buffer's address, so the dummy inputs have it as well.
+        self.model_state = StateWithPositions(
+            self.model_state,
+            self._fill_rope_positions,
+            lambda num_tokens: self._rope_positions[:num_tokens],
+        )
 
     def _fill_rope_positions(self, input_batch: "InputBatch") -> torch.Tensor:
         """Cache positions plus rope offsets: a view of the persistent buffer, padding included."""
