@@ -93,6 +93,7 @@ OBJECT_CHANGES = (
             "card.max_model_len",
             "params.*",
             "response.kv_transfer_params",
+            "chunk.kv_transfer_params",
             "completion.text",
             "self._messages.messages",
             "state.streaming_input",

@@ -29,6 +29,11 @@ DIFFERENCES = (
         "0.32",
     ),
     Difference(
+        "streamed chats become events where their chunks are made",
+        "sink_vllm.server.events:_told",
+        "0.32",
+    ),
+    Difference(
         "a session keeps its computed tokens, not all but the one sampled last",
         "sink_vllm.engine.scheduler:StreamingLLMMixin._update_request_as_session",
         "0.32",

@@ -12,6 +12,7 @@ Invariants (pinned by tests/compat/test_patching.py):
 - ``revert()`` leaves the owner exactly as it was found.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -36,6 +37,8 @@ class Patch:
     """
     record: str
     """File name in ``patches/``, without ``.md``."""
+    formerly: str | None = None
+    """The target on an older vLLM line, which does not have ``target``."""
 
     @property
     def is_applied(self) -> bool:
@@ -94,7 +97,14 @@ class Patch:
 
     def _locate(self) -> tuple[Any, str]:
         """The object that holds the target, and the target's name in it."""
-        module_name, _, path = self.target.partition(":")
+        if self.formerly is not None:
+            with contextlib.suppress(RuntimeError):
+                return self._find(self.target)
+            return self._find(self.formerly)
+        return self._find(self.target)
+
+    def _find(self, target: str) -> tuple[Any, str]:
+        module_name, _, path = target.partition(":")
         *outer, name = path.split(".")
         try:
             owner = importlib.import_module(module_name)
@@ -103,7 +113,7 @@ class Patch:
             inspect.getattr_static(owner, name)
         except (ModuleNotFoundError, AttributeError) as error:
             raise RuntimeError(
-                f"sink_vllm patch {self.record!r} replaces {self.target}, which this vLLM does "
+                f"sink_vllm patch {self.record!r} replaces {target}, which this vLLM does "
                 f"not have ({error}); vLLM seems to have renamed it: see patches/{self.record}.md "
                 "and install a vLLM version that this sink_vllm supports."
             ) from error

@@ -101,7 +101,7 @@ def onto_chunk(chunk: str, reports: dict[int, Report]) -> str:
     body = json.loads("{" + rest)
     for choice in body.get("choices", ()):
         if choice.get("finish_reason") and choice.get("index") in reports:
-            body[FIELD] = {KEY: reports.pop(choice["index"])}
+            body[FIELD] = {**(body.get(FIELD) or {}), KEY: reports.pop(choice["index"])}
             text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
             return f"data: {text}\n\n"
     return chunk

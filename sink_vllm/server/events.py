@@ -83,7 +83,7 @@ def _wrap_events(
                 arguments["result_generator"] = outputs
                 async with aclosing(original(*call.args, **call.kwargs)) as chunks:
                     async for chunk in chunks:
-                        yield onto_chunk(chunk, watch.reports) if watch.reports else chunk
+                        yield _told(chunk, watch.reports) if watch.reports else chunk
 
         def events(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
             if policy_of(self.model_config) is None:
@@ -93,6 +93,17 @@ def _wrap_events(
         return events
 
     return wrap
+
+
+def _told(chunk: Any, reports: dict[int, Report]) -> Any:
+    """A chunk, an event or an object, with the report of the choice that ends in it."""
+    if isinstance(chunk, str):
+        return onto_chunk(chunk, reports)
+    for choice in getattr(chunk, "choices", ()):
+        if choice.finish_reason and choice.index in reports:
+            report = {KEY: reports.pop(choice.index)}
+            chunk.kv_transfer_params = {**(chunk.kv_transfer_params or {}), **report}
+    return chunk
 
 
 def _chat_keeps_text(handler: Any) -> bool:
@@ -145,7 +156,10 @@ PATCHES = (
         record="0007-streamed-responses",
     ),
     Patch(
+        # Chunks before they become events: those of /v1/messages are made of them, too.
         target="vllm.entrypoints.openai.chat_completion.serving:"
+        "OpenAIServingChat.chat_completion_stream_generator_raw",
+        formerly="vllm.entrypoints.openai.chat_completion.serving:"
         "OpenAIServingChat.chat_completion_stream_generator",
         wrapper=_wrap_events(_chat_keeps_text),
         record="0007-streamed-responses",

@@ -157,6 +157,7 @@ def ready(vllm_config: VllmConfig) -> bytes:
     core.vllm_config = vllm_config
     core.frontend_stats_publish_address = None
     core.engine_index = 1
+    core.addresses = SimpleNamespace(coordinator_input=None, coordinator_output=None)
     core.scheduler = SimpleNamespace(get_kv_event_publisher_config=lambda: None)
     return msgspec.msgpack.encode(core._make_ready_response())
 
