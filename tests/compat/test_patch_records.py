@@ -163,7 +163,7 @@ MUTATORS = {
 
 
 class Assigned(NamedTuple):
-    """An assignment to something that is not an attribute of ``self``, or a call that changes it."""
+    """An assignment to what is not an attribute of ``self``, or a call that changes it."""
 
     module: str
     base: str
@@ -200,9 +200,12 @@ def assigned_in(module: str, source: str) -> list[Assigned]:
             given = ast.unparse(name)
             spelled = given.strip("'") if isinstance(name, ast.Constant) else f"<{given}>"
             found.append(Assigned(module, ast.unparse(base), f"{ast.unparse(base)}.{spelled}"))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in MUTATORS:
-                found += _called(module, node.func, of_vllm)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in MUTATORS
+        ):
+            found += _called(module, node.func, of_vllm)
         while targets:
             target = targets.pop()
             if isinstance(target, ast.Tuple | ast.List):
