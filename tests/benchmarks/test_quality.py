@@ -245,6 +245,7 @@ def test_sinks_at_absolute_positions_are_another_arm(
     assert max(apart) > 100 * TOLERANCE
 
 
+@pytest.mark.server
 def test_an_error_in_the_process_is_reported() -> None:
     with pytest.raises(WorkError, match="ZeroDivisionError"):
         list(isolated(_divide, 0))

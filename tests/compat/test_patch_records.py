@@ -163,7 +163,7 @@ MUTATORS = {
 
 
 class Assigned(NamedTuple):
-    """An assignment to what is not an attribute of ``self``, or a call that changes it."""
+    """An assignment to something that is no attribute of ``self``, or a call that changes it."""
 
     module: str
     base: str

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.liveness import run_many, seeds_of
 
+pytestmark = pytest.mark.engine
+
 EPISODES = "0:20000"
 _PART = 2_500
 """Episodes of one test: half a minute of a core. Parts of this file may run in several processes
