@@ -60,6 +60,8 @@ class StreamingLLMRunnerV2(StreamingLLMRunner):
     whose noise is a function of seed and position, sees stream positions.
     """
 
+    model_state: Any
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         slots = self.max_num_reqs
