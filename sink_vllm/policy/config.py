@@ -111,6 +111,10 @@ class SinkConfig:
 
         Start-up has written every number into ``additional_config`` (see
         ``sink_vllm.server.engine_args``), so nothing is chosen here.
+
+        Raises:
+            ValueError: they have not been written, or vLLM has chosen pages since then that the
+                stride does not fit.
         """
         options = SinkOptions.parse(vllm_config.additional_config)
         if options is None:
@@ -120,13 +124,21 @@ class SinkConfig:
                 f"additional_config={vllm_config.additional_config!r} has not been resolved by "
                 "sink_vllm; build the VllmConfig with EngineArgs.create_engine_config()."
             )
+        block_size = vllm_config.cache_config.block_size
+        if options.sink_stride % block_size:
+            raise ValueError(
+                f"--sink-stride={options.sink_stride} is not a multiple of the {block_size} tokens "
+                f"of a KV block, which vLLM chose for the attention of this model; use "
+                f"--sink-stride {-(-options.sink_stride // block_size) * block_size}, or another "
+                f"--attention-backend."
+            )
         return cls(
             schedule=Schedule(
                 sink_tokens=options.sink_tokens,
                 window=options.sink_window,
                 stride=options.sink_stride,
             ),
-            block_size=vllm_config.cache_config.block_size,
+            block_size=block_size,
             sink_prompt=options.sink_prompt,
             sink_pin=options.sink_pin,
             max_stream_tokens=options.sink_max_stream_tokens,

@@ -9,7 +9,7 @@ and worker become ours.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sink_vllm.compat.parts import CPU_WORKER, GPU_WORKER, SCHEDULER, check_config
 from sink_vllm.compat.patching import Patch
@@ -18,16 +18,11 @@ from sink_vllm.gate.facts import Facts, facts_of, model_facts
 from sink_vllm.gate.refused import Refused, refusals
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import SinkOptions
+from sink_vllm.server.block_size import named_block_size, settled_block_size
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-
-_CPU_BLOCK_MULTIPLE = 32  # vLLM's CPU attention takes nothing else
-_CPU_LATENT_BLOCK_SIZE = 16
-_CPU_BLOCK_SIZES = (128, 64, 32)  # the last one divides the others
-_GPU_BLOCK_SIZE = 16  # vLLM's default
-_BLOCKS_PER_STREAM = 8  # fewer make the default stride a large part of the cache
 
 
 def _wrap_create_engine_config(
@@ -39,10 +34,16 @@ def _wrap_create_engine_config(
         if options is None:
             return original(self, *args, **kwargs)
         _refuse_own_classes(self)
-        config, trained_len = _resolve(self, options)
-        with _engine_settings(self, config, trained_len):
+        model = _look_at_model(self, options)
+        config = _resolve(self, options, model, model.block_size)
+        with _engine_settings(self, config, model):
             vllm_config = original(self, *args, **kwargs)
-        _finish(vllm_config, config, trained_len)
+        settled = settled_block_size(vllm_config)
+        if settled != config.block_size:
+            config = _resolve(self, options, model, settled)
+            with _engine_settings(self, config, model):
+                vllm_config = original(self, *args, **kwargs)
+        _finish(vllm_config, config, model.trained_len)
         return vllm_config
 
     return create_engine_config
@@ -60,12 +61,24 @@ def _refuse_own_classes(engine_args: "EngineArgs") -> None:
             )
 
 
-def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfig, int]:
-    """Decide every number, after refusing models the policy does not work with.
+class _Model(NamedTuple):
+    """What has to be known of a model before anything is decided."""
 
-    Returns:
-        The policy, and the length the model was trained for (tokens).
-    """
+    trained_len: int
+    """Tokens it was trained for."""
+    named_block_size: int | None
+    """Tokens per KV page that vLLM is told; ``None`` where vLLM decides."""
+
+    @property
+    def block_size(self) -> int:
+        """The same, as far as it is known before vLLM has been asked."""
+        from vllm.config import CacheConfig
+
+        return self.named_block_size or CacheConfig.DEFAULT_BLOCK_SIZE
+
+
+def _look_at_model(engine_args: "EngineArgs", options: SinkOptions) -> _Model:
+    """Refuse models the policy does not work with, and say what is to be known of the others."""
     given_len: int | None = engine_args.max_model_len  # vLLM types it as int, with default None
     if given_len == -1:
         raise Refused(
@@ -78,56 +91,26 @@ def _resolve(engine_args: "EngineArgs", options: SinkOptions) -> tuple[SinkConfi
     check(Facts(**model_facts(model_config)))
     trained_len = model_config.max_model_len
     limit = trained_len if given_len is None else given_len
-    block_size = _block_size(engine_args, options, limit, model_config.use_mla)
+    named = named_block_size(engine_args.block_size, options, limit, model_config.use_mla)
+    return _Model(trained_len, named)
+
+
+def _resolve(
+    engine_args: "EngineArgs", options: SinkOptions, model: _Model, block_size: int
+) -> SinkConfig:
+    """Decide every number, for pages of ``block_size`` tokens."""
     with refusals():
-        config = SinkConfig.resolve(
-            options, block_size=block_size, trained_len=trained_len, max_model_len=given_len
+        return SinkConfig.resolve(
+            options,
+            block_size=block_size,
+            trained_len=model.trained_len,
+            max_model_len=engine_args.max_model_len,
         )
-    return config, trained_len
-
-
-def _block_size(engine_args: "EngineArgs", options: SinkOptions, limit: int, latent: bool) -> int:
-    """Tokens per KV page; ``limit`` bounds the capacity (tokens), ``latent`` is for MLA.
-
-    A choice of ours is given to vLLM explicitly, because it may otherwise change the block size
-    when it picks the attention backend, after the stride has been decided.
-    """
-    from vllm.platforms import current_platform
-
-    given: int | None = engine_args.block_size
-    if latent and current_platform.is_cpu():
-        if given not in (None, _CPU_LATENT_BLOCK_SIZE):
-            raise Refused(
-                f"--block-size={given} is not {_CPU_LATENT_BLOCK_SIZE}, the only size of a page "
-                f"that vLLM's latent attention (MLA) takes on CPUs; use {_CPU_LATENT_BLOCK_SIZE}, "
-                f"or drop --block-size."
-            )
-        return _CPU_LATENT_BLOCK_SIZE
-    if given is not None:
-        if current_platform.is_cpu() and given % _CPU_BLOCK_MULTIPLE:
-            raise Refused(
-                f"--block-size={given} is not a multiple of {_CPU_BLOCK_MULTIPLE}, which vLLM's "
-                f"CPU attention asks for; use one of {', '.join(map(str, _CPU_BLOCK_SIZES))}, or "
-                "drop --block-size."
-            )
-        return given
-    if not current_platform.is_cpu():
-        return _GPU_BLOCK_SIZE
-    if options.sink_window is None:
-        capacity = limit
-    else:
-        asked = options.sink_tokens + options.sink_window + (options.sink_stride or 0)
-        capacity = min(asked, limit)  # what is above is refused, and not because of the block
-    for block_size in _CPU_BLOCK_SIZES:
-        fits_stride = options.sink_stride is None or options.sink_stride % block_size == 0
-        if fits_stride and block_size * _BLOCKS_PER_STREAM <= capacity:
-            return block_size
-    return _CPU_BLOCK_SIZES[-1]
 
 
 @contextmanager
 def _engine_settings(
-    engine_args: "EngineArgs", config: SinkConfig, trained_len: int
+    engine_args: "EngineArgs", config: SinkConfig, model: _Model
 ) -> Iterator[None]:
     """``engine_args`` with the settings of the policy; the user's own come back afterwards.
 
@@ -136,8 +119,8 @@ def _engine_settings(
     from vllm.platforms import current_platform
 
     settings = {
-        "max_model_len": _given_len(config, trained_len),
-        "block_size": config.block_size,
+        "max_model_len": _given_len(config, model.trained_len),
+        "block_size": model.named_block_size,
         "scheduler_cls": SCHEDULER,
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "additional_config": engine_args.additional_config | config.as_additional_config(),
@@ -163,13 +146,8 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig, trained_len: int) -> 
     from sink_vllm.ray.choose import choose_executor
 
     check(facts_of(vllm_config))
-    block_size = vllm_config.cache_config.block_size
-    if block_size != config.block_size:
-        raise Refused(
-            f"--block-size={config.block_size} was changed to {block_size} by vLLM for this "
-            f"model and platform; set --block-size {block_size}, and --sink-stride to a multiple "
-            "of it."
-        )
+    # The workers will say the same; until then vLLM has its default there.
+    vllm_config.cache_config.block_size = config.block_size
     check_config(vllm_config, config, _given_len(config, trained_len))
     # The cache holds capacity <= trained length tokens. The one more is room for the token that
     # has been sampled and evicts before it is computed: no untrained position is ever used.

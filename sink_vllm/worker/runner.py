@@ -44,7 +44,8 @@ class StreamingLLMRunner(_Runner):
 
     @property
     def _config(self) -> SinkConfig:
-        config = SinkConfig.of(self.vllm_config)
+        with refusals():
+            config = SinkConfig.of(self.vllm_config)
         check_config(self.vllm_config, config)
         assert config is not None  # this worker was named, so the policy is on
         return config

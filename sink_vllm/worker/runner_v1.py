@@ -9,17 +9,23 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from sink_vllm.policy.plan import StepPlan
 from sink_vllm.worker.runner import StreamingLLMRunner
+from sink_vllm.worker.upload import upload
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
 
 class RopeOffsets:
-    """Positions given to the model minus cache positions, by stream and by row of the batch."""
+    """Positions given to the model minus cache positions, by stream and by row of the batch.
 
-    def __init__(self, max_num_reqs: int, device: torch.device) -> None:
+    The host keeps them. What the device has is made in the step that needs it, and not with the
+    model, whose memory sleep level 2 throws away with all that is in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._of_request: dict[str, int] = {}
-        self._rows = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        self._rows = torch.empty(0)
         self._arranged: list[str] | None = None
 
     def __bool__(self) -> bool:
@@ -42,11 +48,11 @@ class RopeOffsets:
                     self._of_request.pop(req_id, None)
 
     def of_rows(self, req_ids: Sequence[str]) -> torch.Tensor:
-        """Offsets in batch order: int64 ``[max_num_reqs]`` on the device, zero past the batch."""
+        """Offsets in batch order: int64 ``[len(req_ids)]`` on the device."""
         if self._arranged != req_ids:
             self._arranged = list(req_ids)
             offsets = [self._of_request.get(req_id, 0) for req_id in req_ids]
-            self._rows[: len(offsets)] = torch.tensor(offsets, dtype=torch.int64)
+            self._rows = upload(offsets, self._device)
         return self._rows
 
 
@@ -63,7 +69,7 @@ class StreamingLLMRunnerV1(StreamingLLMRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.rope_offsets = RopeOffsets(self.max_num_reqs, self.device)
+        self.rope_offsets = RopeOffsets(self.device)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._plan = StepPlan.of(scheduler_output)

@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 from sink_vllm.policy.plan import StepPlan
 from sink_vllm.worker.runner import StreamingLLMRunner
+from sink_vllm.worker.upload import upload
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -92,7 +93,7 @@ class StreamingLLMRunnerV2(StreamingLLMRunner):
         if not values.any():
             return None
         tokens = np.repeat(values, input_batch.num_scheduled_tokens)[: input_batch.num_tokens]
-        return torch.from_numpy(tokens).to(self.device, non_blocking=True)
+        return upload(tokens, self.device)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)

@@ -8,18 +8,25 @@ rope offset 0 and again at rope offset delta, has the same hidden states, and in
 must hold, with R as ``PageMover`` computes it. One comparison proves rotary module, pairing,
 partial dimensions, scaling, page layout and packing of the model at hand, and that rope offsets
 reach the model. Layers whose keys do not depend on the position (NoPE) are found and left
-alone, everything else is refused. The steps run through ``execute_model`` with hand-made
-``SchedulerOutput`` objects, as vLLM's own ``warmup_kernels`` does.
+alone, everything else is refused.
+
+A second step computes the same token behind the first. That is a decode step, which on a GPU is
+another CUDA graph than a prefill, with addresses of its own: both must be seen to get the rope
+offsets. It attends to two keys, so it is compared less exactly (``_check_decoding``).
+
+The steps run through ``execute_model`` with hand-made ``SchedulerOutput`` objects, as vLLM's own
+``warmup_kernels`` does.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from vllm import SamplingParams
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from sink_vllm.policy.plan import PageMove, Refresh, StepPlan
 from sink_vllm.worker.layers.attention import AttentionLayer, rope_rows
@@ -35,7 +42,7 @@ _Token = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """One token at rope positions 0 and ``delta``: key and value of every layer."""
+    """A token at rope offsets 0 and ``delta``: its key and value in every layer."""
 
     delta: int
     at_zero: _Token
@@ -68,7 +75,7 @@ def self_test(runner: Any, worker: Any = None) -> None:
     mover.clear((*reference, *scratch))
     # All steps first: a rank that raised between them would leave the others waiting.
     steps = runner if worker is None else worker
-    trials = _run_trials(runner, steps, reference, scratch)
+    trials, decoded = _run_trials(runner, steps, reference, scratch)
     still = [layer for layer in layers if not _rotates(layer, trials)]
     if len(still) == len(layers) and rope_rows(layers) is not None:
         raise ValueError(
@@ -80,41 +87,52 @@ def self_test(runner: Any, worker: Any = None) -> None:
         layer.rotation = None
     mover.rebind()
     mover.clear((*reference, *scratch))
+    _check_decoding(layers, decoded)
     worst = max((_key_error(layer, trial) for layer in layers for trial in trials), default=0.0)
     logger.info(
         "Start-up self-test: keys re-rotate in %d layers, do not depend on positions in %d; "
-        "largest relative error %.1e.",
+        "largest relative error %.1e; prefill and decode steps get their rope offsets.",
         len(layers) - len(still),
         len(still),
         worst,
     )
 
 
-def _run_trials(runner: Any, steps: Any, reference: _Pages, scratch: _Pages) -> list[_Trial]:
+def _run_trials(
+    runner: Any, steps: Any, reference: _Pages, scratch: _Pages
+) -> tuple[list[_Trial], list[_Trial]]:
+    """Trials of the first token of a sequence, and of the one decoded behind it."""
     mover, rows = runner.page_mover, rope_rows(runner.attention_layers)
-    far = _NEAR if rows is None else rows - 1
+    far = _NEAR if rows is None else rows - 2  # the second token is one further
     vocabulary = runner.model_config.get_vocab_size()
-    trials = []
+    first: list[_Trial] = []
+    second: list[_Trial] = []
     for token in sorted({vocabulary // 2, vocabulary // 3}):
         for delta in sorted({min(_NEAR, far), far}):
-            _run_token(steps, token, pages=reference, offset=0)
-            _run_token(steps, token, pages=scratch, offset=delta)
-            at_zero, at_delta = _first_token(mover, reference), _first_token(mover, scratch)
+            _run_token_twice(steps, token, pages=reference, offset=0)
+            _run_token_twice(steps, token, pages=scratch, offset=delta)
+            at_zero, at_delta = _read(mover, reference), _read(mover, scratch)
             pairs = enumerate(zip(reference, scratch, strict=True))
-            mover.run([PageMove(src, dst, 0, 1, delta, group) for group, (src, dst) in pairs])
-            trials.append(_Trial(delta, at_zero, at_delta, _first_token(mover, scratch)))
-    return trials
+            mover.run([PageMove(src, dst, 0, 2, delta, group) for group, (src, dst) in pairs])
+            read = (at_zero, at_delta, _read(mover, scratch))
+            for slot, trials in enumerate((first, second)):
+                trials.append(_Trial(delta, *(_token(one, slot) for one in read)))
+    return first, second
 
 
-def _run_token(steps: Any, token: int, *, pages: _Pages, offset: int) -> None:
-    """Run a request of one token in slot 0 of ``pages`` at rope position ``offset``."""
+def _run_token_twice(steps: Any, token: int, *, pages: _Pages, offset: int) -> None:
+    """Run a request of two equal tokens, in slots 0 and 1 of ``pages``, one token at a time.
+
+    Args:
+        offset: rope position of the first.
+    """
     req_id = f"_sink_vllm_self_test_{pages[0]}"
     step = SchedulerOutput.make_empty()
     step.scheduled_new_reqs = [
         NewRequestData(
             req_id=req_id,
-            prompt_token_ids=[token],
-            prefill_token_ids=[token],
+            prompt_token_ids=[token, token],
+            prefill_token_ids=[token, token],
             mm_features=[],
             sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
             pooling_params=None,
@@ -123,24 +141,42 @@ def _run_token(steps: Any, token: int, *, pages: _Pages, offset: int) -> None:
             lora_request=None,
         )
     ]
-    step.num_scheduled_tokens = {req_id: 1}
-    step.total_num_scheduled_tokens = 1
     refresh = Refresh(rope_offset=offset, evicted=0, output_token_ids=[])
     setattr(step, StepPlan.ATTRIBUTE, StepPlan(refreshes={req_id: refresh}))
-    if steps.execute_model(step) is None:
-        steps.sample_tokens(None)
+    _run_step(steps, step, req_id)
+    # A token of the prompt, and not the one that was sampled, which may be any. What runs is a
+    # decode step all the same, as after an eviction: one new token behind what is cached.
+    step = SchedulerOutput.make_empty()
+    step.scheduled_cached_reqs = CachedRequestData.make_empty()
+    step.scheduled_cached_reqs.req_ids = [req_id]
+    step.scheduled_cached_reqs.new_block_ids = [None]
+    step.scheduled_cached_reqs.num_computed_tokens = [1]
+    step.scheduled_cached_reqs.num_output_tokens = [0]
+    _run_step(steps, step, req_id)
     finish = SchedulerOutput.make_empty()
     finish.finished_req_ids = {req_id}
     steps.execute_model(finish)
 
 
-def _first_token(mover: PageMover, pages: _Pages) -> _Token:
-    """Key and value ``[heads, head_size]`` of slot 0, by layer."""
+def _run_step(steps: Any, step: SchedulerOutput, req_id: str) -> None:
+    step.num_scheduled_tokens = {req_id: 1}
+    step.total_num_scheduled_tokens = 1
+    if steps.execute_model(step) is None:
+        steps.sample_tokens(None)
+
+
+def _read(mover: PageMover, pages: _Pages) -> _Token:
+    """Keys and values ``[slots, heads, head_size]``, by layer."""
     return {
-        name: (keys[0], values[0])
+        name: token
         for group, page in enumerate(pages)
-        for name, (keys, values) in mover.read_page(page, group).items()
+        for name, token in mover.read_page(page, group).items()
     }
+
+
+def _token(read: _Token, slot: int) -> _Token:
+    """Key and value ``[heads, head_size]`` of a slot, by layer."""
+    return {name: (keys[slot], values[slot]) for name, (keys, values) in read.items()}
 
 
 def _rotates(layer: AttentionLayer, trials: Sequence[_Trial]) -> bool:
@@ -181,6 +217,32 @@ def _rotates(layer: AttentionLayer, trials: Sequence[_Trial]) -> bool:
         f"positions differ by {error:.1e} from the model's own (allowed "
         f"{_allowed(layer, delta):.1e}); serve this model with --kv-policy full."
     )
+
+
+def _check_decoding(layers: Sequence[AttentionLayer], trials: Sequence[_Trial]) -> None:
+    """Refuse a model whose decode steps do not get the rope offsets.
+
+    Rounding moves scores, and from the second layer on hidden states; there is no telling how far
+    in a deep model of few bits. But positions are the same for all layers, and offsets that do not
+    arrive leave all keys where they were: so the question is only what they are nearer to.
+
+    Raises:
+        ValueError: with both distances, and the way out.
+    """
+    pairs = [(layer, one) for layer in layers if layer.rotation is not None for one in trials]
+    if not pairs:
+        return
+    from_moved = fmean(_key_error(layer, one) for layer, one in pairs)
+    from_still = fmean(
+        _relative(one.at_delta[layer.name][0], one.at_zero[layer.name][0]) for layer, one in pairs
+    )
+    if not from_moved <= from_still / 2:
+        raise ValueError(
+            f"Decode steps compute keys that are {from_moved:.1e} from where their rope offsets "
+            f"belong and {from_still:.1e} from keys without any, though prefills get them: CUDA "
+            f"graphs read other positions than the policy writes; use --enforce-eager, or serve "
+            f"this model with --kv-policy full."
+        )
 
 
 def _key_error(layer: AttentionLayer, trial: _Trial) -> float:

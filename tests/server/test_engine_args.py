@@ -8,14 +8,25 @@ import inspect
 import json
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import (
+    KVTransferConfig,
+    VllmConfig,
+    get_layers_from_vllm_config,
+    set_current_vllm_config,
+)
 from vllm.config.watermarking import WatermarkConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import Platform
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backend
 
 from sink_vllm.compat.shipping import ShippedConfig
 from sink_vllm.gate.facts import Facts, facts_of, model_facts
@@ -23,6 +34,7 @@ from sink_vllm.plugin import register
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server import engine_args as ours
+from sink_vllm.server.block_size import settled_block_size
 from tests.support.fp8 import HAS_KERNELS
 
 TRAINED = 512
@@ -63,6 +75,50 @@ def model(tmp_path: Path) -> str:
     return write(tmp_path / "llama", LLAMA)
 
 
+class LargePages(CPUAttentionBackend):
+    """A backend of pages of 128 tokens and no other size, as FlashAttention 4 is in places."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [128]
+
+
+class AnyPages(CPUAttentionBackend):
+    """Multiples of 16, like most backends of GPUs."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [MultipleOf(16)]
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM's platform as it is for GPUs, as far as block sizes go.
+
+    The backend with large pages is the first choice, and ruled out by a block size that does not
+    fit it, which a user may have named.
+    """
+
+    def backend_of(cls: Any, selected: Any, attn_selector_config: Any, num_heads: Any) -> str:
+        fits = LargePages.supports_block_size(attn_selector_config.block_size)
+        return f"{__name__}.{(LargePages if fits else AnyPages).__name__}"
+
+    def check(vllm_config: VllmConfig) -> None:
+        block_size = vllm_config.cache_config.block_size
+        checked(vllm_config)
+        vllm_config.cache_config.block_size = block_size
+
+    checked = CpuPlatform.check_and_update_config
+    settle = Platform.__dict__["update_block_size_for_backend"]
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check))
+    monkeypatch.setattr(CpuPlatform, "update_block_size_for_backend", settle)
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(backend_of))
+    monkeypatch.setattr(CpuPlatform, "is_cpu", lambda self: False)
+    _cached_get_attn_backend.cache_clear()
+    yield
+    _cached_get_attn_backend.cache_clear()
+
+
 def write(folder: Path, config: dict[str, Any]) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -89,6 +145,73 @@ def test_finished_configuration_is_the_policy(model: str) -> None:
     assert SinkConfig.of(config) == SinkConfig(
         schedule=Schedule(sink_tokens=8, window=200, stride=64), block_size=32
     )
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize(
+    ("options", "settings", "block_size", "stride", "window"),
+    [
+        ({}, {}, 128, 128, TRAINED - 4 - 128),
+        ({"sink_window": 100}, {}, 128, 128, 100),
+        ({"sink_stride": 256}, {}, 128, 256, TRAINED - 4 - 256),
+        ({"sink_window": 100}, {"block_size": 16}, 16, 16, 100),
+        ({}, {"block_size": 64}, 64, 64, TRAINED - 4 - 64),
+    ],
+    ids=["all of the model", "window", "stride", "block size", "larger block size"],
+)
+def test_stride_follows_the_pages_of_the_backend(
+    model: str,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    block_size: int,
+    stride: int,
+    window: int,
+) -> None:
+    """vLLM chooses the backend as without the policy, and the workers find what was foreseen."""
+    given = engine_args(model, SINK | options, **settings)
+    before = copy.copy(given.block_size)
+    config = given.create_engine_config()
+
+    assert SinkConfig.of(config) == SinkConfig(
+        schedule=Schedule(sink_tokens=4, window=window, stride=stride), block_size=block_size
+    )
+    assert config.model_config.max_model_len == 4 + window + stride + 1
+    assert config.cache_config.user_specified_block_size == ("block_size" in settings)
+    assert given.block_size == before
+    with set_current_vllm_config(config):
+        backend = get_attn_backend(32, torch.float32, "auto")
+    assert backend.__name__ == ("AnyPages" if settings else "LargePages")
+    assert settled_block_size(config) == block_size
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+def test_a_stride_that_the_backend_cannot_take_is_refused(model: str) -> None:
+    with pytest.raises(ValueError, match=r"^--sink-stride=64 is not a multiple .* 128; use 128"):
+        build(model, SINK | {"sink_stride": 64})
+
+    assert build(model, SINK | {"sink_stride": 64}, block_size=64).cache_config.block_size == 64
+
+
+def test_pages_that_were_not_foreseen_are_refused(model: str) -> None:
+    """By every process that reads the policy, the workers first: they know the model's layers."""
+    config = build(model, SINK | {"sink_stride": 64})
+    config.cache_config.block_size = 32
+    assert SinkConfig.of(config) is not None
+
+    config.cache_config.block_size = 128
+
+    with pytest.raises(ValueError, match=r"^--sink-stride=64 .* 128 .*; use --sink-stride 128, or"):
+        SinkConfig.of(config)
+
+
+def test_guard_vllm_settles_block_sizes_by_the_layers() -> None:
+    """Its function, and the place where layers are found, of which we give it stand-ins."""
+    settle = inspect.getsource(Platform.update_block_size_for_backend)
+    assert "cls._find_non_ssm_backends(vllm_config)" in settle
+    assert "if not cache_config.user_specified_block_size:" in settle
+    find = inspect.getsource(Platform._find_non_ssm_backends)
+    assert "get_layers_from_vllm_config(" in find
+    assert "static_forward_context" in inspect.getsource(get_layers_from_vllm_config)
 
 
 def test_scheduler_and_worker_that_are_named_exist() -> None:

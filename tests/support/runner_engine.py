@@ -11,6 +11,8 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from tests.support.engine import Generated, Policy, check_all_free, running_engine
     from tests.support.positions_seen import PositionsSeen, watch_positions
 
-    with running_engine(Path(job["model"]), Policy(**job["policy"]), **job["engine"]) as engine:
+    with (
+        watching_graphs() as graphs,
+        running_engine(Path(job["model"]), Policy(**job["policy"]), **job["engine"]) as engine,
+    ):
+        self_test_graphs = graphs.copy()
         seen = watch_positions(engine.runner) if job["watch"] else PositionsSeen()
         batches = []
         for batch in job["batches"]:
@@ -72,7 +78,29 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "model": type(engine.runner.get_model()).__name__,
             "still": [not layer.rotation for layer in engine.runner.attention_layers],
             "positions": dataclasses.asdict(seen),
+            "self_test_graphs": self_test_graphs,
         }
+
+
+@contextmanager
+def watching_graphs() -> Iterator[list[bool]]:
+    """Step by step, whether the V2 runner may replay a graph of decode steps."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    seen: list[bool] = []
+    gather = GPUModelRunner.gather_batch_req_state
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state, tokens = gather(self, *args, **kwargs)
+        if state is not None:  # not a dummy run
+            seen.append(tokens == 1)
+        return state, tokens
+
+    GPUModelRunner.gather_batch_req_state = watched  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        GPUModelRunner.gather_batch_req_state = gather  # type: ignore[method-assign]
 
 
 def _with_int_keys(params: dict[str, Any]) -> dict[str, Any]:

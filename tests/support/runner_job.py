@@ -43,6 +43,8 @@ class Ran:
     still: list[bool]
     """Layer by layer: its keys do not depend on the position."""
     positions: PositionsSeen
+    self_test_graphs: list[bool]
+    """Steps before the first request (of V2's runner): they may replay a graph of decode steps."""
 
 
 def run_job(

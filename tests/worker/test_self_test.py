@@ -133,6 +133,28 @@ def test_offsets_that_do_not_reach_the_model_are_refused(
         self_test(runner)
 
 
+def test_offsets_that_do_not_reach_decode_steps_are_refused(
+    runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if CUDA graphs of decode steps had been captured with another buffer of positions."""
+    preprocess, kinds = runner._preprocess, set()
+
+    def replayed(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        decoding = bool(scheduler_output.scheduled_cached_reqs.req_ids)
+        kinds.add(decoding)
+        with monkeypatch.context() as graph:
+            if decoding:
+                graph.setattr(runner, "rope_offsets", {})
+            return preprocess(scheduler_output, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "_preprocess", replayed)
+
+    with pytest.raises(ValueError, match=r"^Decode steps compute keys .*; use --enforce-eager, "):
+        self_test(runner)
+
+    assert kinds == {False, True}
+
+
 def test_layers_that_own_a_rotary_module_and_do_not_use_it_are_found(
     runner: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,5 +193,5 @@ def test_pages_read_at_the_wrong_place_are_refused(runner: Any, shift: int) -> N
         group.pages._key_at._start += shift
     runner.page_mover.rebind = lambda: None
 
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.attn"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.\d\.self_attn\.attn"):
         self_test(runner)

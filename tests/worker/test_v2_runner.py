@@ -147,6 +147,17 @@ def test_v2_family_streams_exactly(family: Family, tmp_path: Path) -> None:
     models.check(family, verdict, ran.batches[0], ran.model, ran.still)
 
 
+def test_v2_self_test_goes_through_the_graphs_of_decode_steps(sync: Ran) -> None:
+    """Every second step of it may replay one, so offsets are proved to reach both kinds of graph.
+
+    Nothing is captured on a CPU; that V2 would replay one here is its own decision.
+    """
+    steps = sync.self_test_graphs
+
+    assert len(steps) >= 8
+    assert steps == [False, True] * (len(steps) // 2)
+
+
 def test_v2_model_reads_one_buffer(sync: Ran) -> None:
     """Positions and rotary table stay where they were at start-up; rope positions go on."""
     check_addresses(sync.positions)

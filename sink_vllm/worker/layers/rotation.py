@@ -33,6 +33,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_vllm.worker.scratch import HALF, Scratch
+from sink_vllm.worker.upload import upload
 
 # Deltas kept: evictions use multiples of the stride, re-anchorings their negatives.
 _TABLE_ROWS = 1024
@@ -176,9 +177,9 @@ class Rotation:
                 size = max(2 * len(missing), _TABLE_ROWS)
                 self._table = torch.empty(size, self.rotary_dim, device=device)
             first = len(rows)
-            self._table[first : first + len(missing)] = self.cos_sin(missing).to(device)
+            self._table[first : first + len(missing)] = upload(self.cos_sin(missing), device)
             rows.update((delta, first + i) for i, delta in enumerate(missing))
-        return torch.tensor([rows[delta] for delta in deltas], device=device)
+        return upload([rows[delta] for delta in deltas], device)
 
     def rotate(
         self, keys: torch.Tensor, rows: torch.Tensor, scratch: Scratch | None = None

@@ -31,6 +31,7 @@ from sink_vllm.worker.pages.keys import KeyPages
 from sink_vllm.worker.pages.layouts import key_pages_for
 from sink_vllm.worker.pages.store import PageStore
 from sink_vllm.worker.scratch import PAGES, SOURCES, Scratch, page_weight
+from sink_vllm.worker.upload import upload
 
 KeyPagesFactory = Callable[[AttentionLayer, PageStore], KeyPages]
 
@@ -229,13 +230,13 @@ class _Prepared:
     """The index tensors of a plan, on the device; they are the same for all layers."""
 
     def __init__(self, plan: MovePlan, device: torch.device, rotation: Rotation | None) -> None:
-        self.bases = torch.tensor(plan.bases, device=device)
-        self.pages = torch.tensor(plan.pages, device=device)
+        self.bases = upload(plan.bases, device)
+        self.pages = upload(plan.pages, device)
         deltas = [delta for one in plan.overlays for delta in one.deltas or ()]
         rows = rotation.rows_of(deltas, device) if rotation is not None and deltas else None
         self.overlays: list[tuple[Overlay, torch.Tensor | None, torch.Tensor | None]] = []
         for one in plan.overlays:
-            sources = None if one.sources is None else torch.tensor(one.sources, device=device)
+            sources = None if one.sources is None else upload(one.sources, device)
             mine = None
             if rows is not None and one.deltas is not None:
                 mine, rows = rows[: len(one.deltas)], rows[len(one.deltas) :]

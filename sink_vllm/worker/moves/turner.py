@@ -9,13 +9,12 @@ the memory traffic and a fraction of the work. Needs a layout with keys apart fr
 from collections.abc import Sequence
 from functools import partial
 
-import torch
-
 from sink_vllm.policy.plan import PageMove
 from sink_vllm.worker.layers.rotation import Rotation
 from sink_vllm.worker.pages.keys import KeyPages
 from sink_vllm.worker.pages.store import PageStore
 from sink_vllm.worker.scratch import PAGES, Scratch, page_weight
+from sink_vllm.worker.upload import upload
 
 
 class PageTurner:
@@ -41,7 +40,7 @@ class PageTurner:
     def run(self, moves: Sequence[PageMove]) -> None:
         """Rotate ``move.dst`` by ``move.delta`` for each of ``moves``, no page twice."""
         device, layers = self._store.device, len(self._store.caches)
-        pages = torch.tensor([move.dst for move in moves], device=device)
+        pages = upload([move.dst for move in moves], device)
         rows = self._rotation.rows_of([move.delta for move in moves], device)
         at_once = max(self._budget // layers, 1)
         step = min(layers, self._budget)
