@@ -67,6 +67,7 @@ def test_offsets_are_not_lost_with_the_memory_of_the_model(
     monkeypatch.setattr(StreamingLLMCPUModelRunner, "load_model", load)
     monkeypatch.setattr(CPUModelRunner, "load_model", load_unseen)
     prompts = [random_tokens(length, length) for length in (50, 64, 90)]
+
     def lose() -> None:
         nonlocal steps
         steps += 1
