@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first, and with VLLM=0.33
 # (a line of pyproject.toml) an environment of that line, `.venv-0.33`, and use that.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-ray fuzz drift quality quality-full bench bench-full bench-gpu lint format clean
+.PHONY: help install demo test test-all test-fast test-seams test-ray fuzz drift quality quality-full bench bench-full bench-gpu lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -44,6 +44,14 @@ fuzz: $(STAMP) ## requests made up from the server's OpenAPI schema (/v1/streams
 
 test-fast: $(STAMP) ## the tests that start no engine, in minutes
 	@LIVENESS_SEEDS=$(or $(LIVENESS_SEEDS),0:1000) $(PYTEST) -m "not engine and not server and not ray and not slow and not gpu" $(ARGS)
+
+# What stands on a seam of vLLM: the whole suite runs on one line, this on every other (VLLM=0.33).
+SEAMS = tests/compat tests/gate tests/policy tests/server tests/engine/test_liveness.py tests/engine/test_manager.py \
+	$(addprefix tests/end_to_end/test_,$(addsuffix .py,exactness async_scheduling below_capacity conversations sessions server)) \
+	$(addprefix tests/worker/test_,$(addsuffix .py,page_moves self_test state_positions v2_runner))
+
+test-seams: $(STAMP) ## the tests of all that touches vLLM: what another line has to pass (VLLM=0.33)
+	@$(PYTEST) $(SEAMS) -m "not slow" $(ARGS)
 
 test-ray: $(STAMP) ## the tests that start a Ray cluster
 	@$(BIN)/python -m pytest -m ray $(ARGS)

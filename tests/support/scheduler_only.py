@@ -384,6 +384,8 @@ class Core(EngineCore):
             extra_args=options,
             structured_outputs=StructuredOutputsParams(regex=".") if grammar is not None else None,
         )
+        if params.structured_outputs is not None:
+            params.structured_outputs._backend = "xgrammar"  # as the front end decides
         self.compiler.steps = grammar or 0
         request, wave = self.preprocess_add_request(
             EngineCoreRequest(
