@@ -206,8 +206,7 @@ class AdmittingMixin(PreemptingMixin):
 
         A long prompt starts from the longest boundary that is cached, wherever that is. Otherwise
         at least one token below the capacity is left to compute: a hit of ``C`` tokens would leave
-        nothing to schedule before the eviction, and vLLM's waiting loop stops for good at a
-        request it cannot give a token.
+        nothing to schedule before the eviction, and no step would change that.
 
         Args:
             request: waiting.
@@ -215,6 +214,10 @@ class AdmittingMixin(PreemptingMixin):
         """
         stream = self.recycler.streams[request.request_id]
         nothing = self.kv_cache_manager.empty_kv_cache_blocks
+        if self._short_of_pages:
+            # vLLM 0.32 ends its loop at a request without a token, 0.33 goes on to the next: who is
+            # behind one that waits for pages must not take them.
+            return nothing, 0, 0, False
         if stream.prompt is not None:
             if not self._admit(request):
                 return nothing, 0, 0, False
@@ -268,9 +271,9 @@ class AdmittingMixin(PreemptingMixin):
         """Never schedule past the capacity: vLLM's last clamp on the size of every chunk.
 
         0 makes a full stream skip the step; with asynchronous scheduling that is how it drains
-        before it evicts. A waiting request that was not admitted gets 0, too, and vLLM looks at no
-        other. Where vLLM cannot prefill in chunks (MLA on CPUs), what does not fit into the first
-        one is computed token by token.
+        before it evicts. A waiting request that was not admitted gets 0, too, and so do all behind
+        it (``_get_local_prefix_cache_hit``). Where vLLM cannot prefill in chunks (MLA on CPUs),
+        what does not fit into the first one is computed token by token.
         """
         request_id = request.request_id
         if request.status != RequestStatus.RUNNING and not request.num_computed_tokens:
