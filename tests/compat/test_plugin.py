@@ -1,5 +1,6 @@
 """The entry point: found by vLLM, light to import, strict about versions, harmless twice."""
 
+import inspect
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from sink_vllm.compat.changes import start_up_patches
+from sink_vllm.compat.patching import Patch
 from sink_vllm.compat.versions import is_supported, refusal_of, supported_versions
 from sink_vllm.plugin import register
 from tests.support.paths import ROOT
@@ -62,20 +64,15 @@ def test_register_twice_changes_nothing_the_second_time() -> None:
     register()
     patches = start_up_patches()
     assert all(patch.is_applied for patch in patches)
-    before = [_resolve(patch.target) for patch in patches]
+    before = [_what_stands_there(patch) for patch in patches]
 
     register()
 
-    assert [_resolve(patch.target) for patch in patches] == before
+    assert [_what_stands_there(patch) for patch in patches] == before
 
 
-def _resolve(target: str) -> object:
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    module, _, path = target.partition(":")
-    owner, _, name = path.rpartition(".")
-    holder = resolve_obj_by_qualname(f"{module}.{owner}") if owner else sys.modules[module]
-    return vars(holder)[name]
+def _what_stands_there(patch: Patch) -> object:
+    return inspect.getattr_static(*patch._locate())
 
 
 @pytest.mark.server
