@@ -76,7 +76,8 @@ def test_short_answers_are_as_ever(client: Client) -> None:
     answer, *chunks = [client.complete(**body), *client.chunks(COMPLETIONS, **body)]
 
     assert answer["kv_transfer_params"] is None
-    assert all("kv_transfer_params" not in chunk for chunk in chunks)
+    # vLLM 0.33 says null of every choice that ends.
+    assert all(chunk.get("kv_transfer_params") is None for chunk in chunks)
 
 
 def test_several_choices_and_prompts_are_told_apart(client: Client) -> None:
