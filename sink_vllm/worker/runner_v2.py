@@ -23,6 +23,10 @@ class StateWithPositions:
     graphs are captured. Everything else that is read, called or assigned here is the state's.
     """
 
+    _wrapped_state: Any
+    _positions_of: "Callable[[InputBatch], torch.Tensor]"
+    _dummy_positions_of: Callable[[int], torch.Tensor]
+
     def __init__(
         self,
         state: Any,
