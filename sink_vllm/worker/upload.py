@@ -1,9 +1,10 @@
-"""Numbers from the host to the device, without the host waiting for what the device still has to do.
+"""Numbers from the host to the device, without the host waiting for the device.
 
-``torch.tensor(numbers, device="cuda")`` copies from pageable memory, and CUDA lets the host wait for
-all queued work first. With asynchronous scheduling that work is the step before, so every eviction
-would cost the overlap of two steps. From pinned memory the copy is queued like a kernel. Torch's
-allocator of pinned memory gives a block to nobody else before the copies out of it have run.
+``torch.tensor(numbers, device="cuda")`` copies from pageable memory, and CUDA lets the host wait
+for all queued work first. With asynchronous scheduling that work is the step before, so every
+eviction would cost the overlap of two steps. From pinned memory the copy is queued like a kernel.
+Torch's allocator of pinned memory gives a block to nobody else before the copies out of it have
+run.
 """
 
 from collections.abc import Sequence

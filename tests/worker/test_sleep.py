@@ -67,12 +67,13 @@ def test_offsets_are_not_lost_with_the_memory_of_the_model(
     monkeypatch.setattr(StreamingLLMCPUModelRunner, "load_model", load)
     monkeypatch.setattr(CPUModelRunner, "load_model", load_unseen)
     prompts = [random_tokens(length, length) for length in (50, 64, 90)]
+
     def lose() -> None:
         nonlocal steps
         steps += 1
         if steps % 10 == 0:
             for storage in ours.storages.values():
-                storage.fill_(0)
+                torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
 
     with running_engine(tiny_llama(SHAPE), POLICY) as engine:
         engine.after_step.append(lose)
