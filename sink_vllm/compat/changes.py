@@ -56,6 +56,14 @@ OBJECT_CHANGES = (
             "scheduler.max_num_batched_tokens",
         )
     ),
+    *(
+        ObjectChange("sink_vllm.server.block_size", what, "0002-engine-args-create-engine-config")
+        for what in (
+            "probe.cache_config",
+            "probe.compilation_config",
+            "probe.compilation_config.static_forward_context",
+        )
+    ),
     ObjectChange(
         "sink_vllm.ray.choose",
         "parallel_config.distributed_executor_backend",

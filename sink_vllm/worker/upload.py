@@ -1,4 +1,4 @@
-"""Numbers from the host to the device, while the device goes on with what it has to do.
+"""Numbers from the host to the device, without the host waiting for the device.
 
 ``torch.tensor(numbers, device="cuda")`` copies from pageable memory, and CUDA lets the host wait
 for all queued work first. With asynchronous scheduling that work is the step before, so every

@@ -119,6 +119,7 @@ def test_index_counts_what_is_replaced() -> None:
 
 # Objects of ours, by the names the code gives them; what else is assigned to is vLLM's.
 OURS = {
+    "sink_vllm.worker.self_test": {"step.scheduled_cached_reqs"},
     "sink_vllm.engine": {
         "stream",
         "stats",

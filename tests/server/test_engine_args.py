@@ -339,7 +339,7 @@ def test_configuration_carries_the_plugin(model: str, monkeypatch: pytest.Monkey
     """Unpickling it registers the plugin; copies of it are of the same kind."""
     config = build(model, SINK | {"other": {"deep": [1]}})
     calls: list[None] = []
-    monkeypatch.setattr("sink_vllm.compat.shipping.register", lambda: calls.append(None))
+    monkeypatch.setattr("sink_vllm.plugin.register", lambda: calls.append(None))
 
     shipped = pickle.loads(pickle.dumps(config))
 

@@ -43,7 +43,8 @@ TAIL = """
 A model that is in neither table is not refused by its name: if nothing in its configuration is in
 the table of [limitations](limitations.md), it starts, and the start-up self-test decides. It runs
 one token at two positions through the real model and compares, layer by layer, the keys that the
-model computes with those that moving a page makes of them.
+model computes with those that moving a page makes of them. A second token, decoded behind the
+first, shows that the graphs that a GPU replays for decode steps get the rope offsets, too.
 
 ## A second judge
 

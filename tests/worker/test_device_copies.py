@@ -6,10 +6,12 @@ anything takes, but whatever would read a number back fails on it, and every cop
 seen with how it was asked for.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from benchmarks.gpu.pages import Shape, attention_layers
 from benchmarks.kv_buffer import kv_caches
 from sink_vllm.policy.plan import PageMove, Refresh, StepPlan
+from sink_vllm.worker import upload as sending
 from sink_vllm.worker.moves.mover import PageMover
 from sink_vllm.worker.runner_v1 import RopeOffsets
 from sink_vllm.worker.scratch import Scratch
@@ -35,6 +38,24 @@ STREAMS = 256
 # The first pages of a stream in these tests: original, head, and two of the window.
 PAGES = 4
 SHAPE = Shape(layers=32, kv_heads=8, head_size=128, block_size=16)
+
+
+def _vllms_own() -> ModuleType:
+    """vLLM's module as it is on GPUs: its V2 runner for CPUs replaces functions in it."""
+    spec = spec_from_file_location("torch_utils_of_gpus", torch_utils.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TORCH_UTILS = _vllms_own()
+
+
+@pytest.fixture(autouse=True)
+def _as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "async_tensor_h2d", TORCH_UTILS.async_tensor_h2d)
 
 
 @dataclass
@@ -187,7 +208,8 @@ def test_rope_offsets_do_not_wait() -> None:
 
 def test_guard_copies_of_vllm_are_queued_and_pinned() -> None:
     """Without a GPU nothing can be pinned, so vLLM's function is read."""
-    source = inspect.getsource(torch_utils.async_tensor_h2d)
+    text = Path(torch_utils.__file__).read_text()
+    source = text.split("def async_tensor_h2d(")[1].split("\n\n\n")[0]
 
     assert source.count("pin_memory=") == 2
     assert "pin_memory=False" not in source
