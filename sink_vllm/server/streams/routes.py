@@ -4,6 +4,8 @@ vLLM loads it only when ``VLLM_PLUGINS`` names ``sink_vllm``: routes are opt-in 
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,11 +146,8 @@ async def append(
     until then stays part of the stream, a single answer that nobody has read does not.
     """
     try:
-        turn = await service.append(stream_id, request, raw_request)
-    except UnknownStream as error:
-        raise _unknown(stream_id) from error
-    except BusyStream as error:
-        raise _busy(stream_id) from error
+        with _available(stream_id):
+            turn = await service.append(stream_id, request, raw_request)
     except Refused as refused:
         return _answer(refused.answer)
     except NoRoom as error:
@@ -171,10 +170,8 @@ async def append(
 )
 async def get_stream(stream_id: _StreamId, service: Service) -> StreamInfo:
     """Looking is no use: the stream is forgotten as if nobody had."""
-    try:
+    with _available(stream_id):
         return service.info(service.store.get(stream_id))
-    except UnknownStream as error:
-        raise _unknown(stream_id) from error
 
 
 @router.delete(
@@ -185,12 +182,8 @@ async def get_stream(stream_id: _StreamId, service: Service) -> StreamInfo:
 )
 async def delete_stream(stream_id: _StreamId, service: Service) -> Deleted:
     """A stream somebody appends to is not deleted; closing that connection ends its turn."""
-    try:
+    with _available(stream_id):
         service.store.remove(stream_id)
-    except UnknownStream as error:
-        raise _unknown(stream_id) from error
-    except BusyStream as error:
-        raise _busy(stream_id) from error
     return Deleted(id=stream_id)
 
 
@@ -214,20 +207,27 @@ def _no_room(error: NoRoom, service: StreamService) -> JSONResponse:
     return _answer(answer, {"Retry-After": f"{_RETRY_AFTER}"})
 
 
-def _unknown(stream_id: str) -> HTTPException:
-    return HTTPException(
-        HTTPStatus.NOT_FOUND,
-        f"There is no stream {stream_id!r}, or no longer; create a stream and send its messages "
-        "or tokens again.",
-    )
+@contextmanager
+def _available(stream_id: str) -> Iterator[None]:
+    """Answer 404 and 409 where the store has no such stream, or somebody appends to it.
 
-
-def _busy(stream_id: str) -> HTTPException:
-    return HTTPException(
-        HTTPStatus.CONFLICT,
-        f"Somebody is appending to stream {stream_id!r}; wait for the end of that turn, or close "
-        "its connection.",
-    )
+    Raises:
+        HTTPException: see above.
+    """
+    try:
+        yield
+    except UnknownStream as error:
+        raise HTTPException(
+            HTTPStatus.NOT_FOUND,
+            f"There is no stream {stream_id!r}, or no longer; create a stream and send its "
+            "messages or tokens again.",
+        ) from error
+    except BusyStream as error:
+        raise HTTPException(
+            HTTPStatus.CONFLICT,
+            f"Somebody is appending to stream {stream_id!r}; wait for the end of that turn, or "
+            "close its connection.",
+        ) from error
 
 
 class StreamsPlugin:

@@ -2,11 +2,10 @@
 
 Each append is an ordinary request with the whole stream as its prompt; the engine resumes it from
 its prefix cache and computes what is new (and the rest of the last page), whatever the length of
-the stream. So an idle stream
-holds nothing of the engine, an append works after its pages have been reclaimed (the stream is
-then computed again), and stop strings, LoRA adapters and priorities are vLLM's own. vLLM's
-streaming-input requests would keep the pages of idle streams and one of the engine's request
-slots each, know no stop strings, and be lost with the first preemption.
+the stream. So an idle stream holds nothing of the engine, an append works after its pages have been
+reclaimed (the stream is then computed again), and stop strings, LoRA adapters and priorities are
+vLLM's own. vLLM's streaming-input requests would keep the pages of idle streams and one of the
+engine's request slots each, know no stop strings, and be lost with the first preemption.
 """
 
 import time
