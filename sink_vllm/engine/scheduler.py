@@ -30,7 +30,8 @@ from sink_vllm.engine.ledger import IntegrityError
 from sink_vllm.engine.output_tail import forget_evicted
 from sink_vllm.engine.reasoning import decide_reasoning
 from sink_vllm.engine.stream import Stream
-from sink_vllm.policy.plan import REPORT_KEY, Refresh, StepPlan
+from sink_vllm.policy.plan import Refresh, StepPlan
+from sink_vllm.policy.report import with_account
 
 # Below vLLM's own logger, whose handlers print it.
 logger = init_logger(f"vllm.{__name__}")
@@ -72,7 +73,7 @@ class StreamingLLMMixin(AdmittingMixin):
     def prepare(self, request: Request) -> Stream:
         """What has to be done with a whole prompt, before the engine sees the start of it only.
 
-        vLLM's input thread does it for most requests (``engine_core``).
+        vLLM's input thread does it for most requests (``input_thread``).
         """
         decide_reasoning(self.structured_output_manager, request)
         return self.recycler.prepare(request)
@@ -107,7 +108,7 @@ class StreamingLLMMixin(AdmittingMixin):
         self.ledger.cancel(request.request_id)
         report = self.recycler.close(request)
         if report is not None:
-            kv_params = {**(kv_params or {}), REPORT_KEY: report}
+            kv_params = with_account(kv_params, report)
         if not self.requests:
             self._check_idle()
         return kv_params, ec_params
@@ -234,8 +235,7 @@ class StreamingLLMMixin(AdmittingMixin):
                     due.discard(output.request_id)
                     request = self.requests[output.request_id]
                     report = self.recycler.streams[output.request_id].report(request)
-                    params = output.kv_transfer_params or {}
-                    output.kv_transfer_params = {**params, REPORT_KEY: report}
+                    output.kv_transfer_params = with_account(output.kv_transfer_params, report)
         return outputs
 
 

@@ -8,9 +8,6 @@ executors). Imports neither torch nor vLLM: both sides of the engine load it.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-REPORT_KEY = "streaming_llm"
-"""Where a stream's account stands inside an engine output's ``kv_transfer_params``."""
-
 
 class PageMove(NamedTuple):
     """Copy slots ``[begin, end)`` of page ``src`` to the same slots of page ``dst``.

@@ -32,6 +32,11 @@ Report = dict[str, int]
 _TOTALS = ("evicted_tokens", "evictions", "rope_reanchorings")
 
 
+def with_account(params: Mapping[str, Any] | None, account: Mapping[str, Any]) -> dict[str, Any]:
+    """``kv_transfer_params`` with ``account``, next to whatever others have put there."""
+    return {**(params or {}), KEY: account}
+
+
 def totals(choices: Mapping[int, Report]) -> dict[str, Any]:
     """One account for several streams, by choice index."""
     return {
@@ -65,7 +70,7 @@ class Account:
         if not self._choices:
             return None if params is None else dict(params)
         account = self._choices[0] if self._single else totals(self._choices)
-        return {**(params or {}), KEY: account}
+        return with_account(params, account)
 
 
 def report_of(params: Mapping[str, Any] | None, index: int) -> Report | None:
@@ -101,7 +106,7 @@ def onto_chunk(chunk: str, reports: dict[int, Report]) -> str:
     body = json.loads("{" + rest)
     for choice in body.get("choices", ()):
         if choice.get("finish_reason") and choice.get("index") in reports:
-            body[FIELD] = {**(body.get(FIELD) or {}), KEY: reports.pop(choice["index"])}
+            body[FIELD] = with_account(body.get(FIELD), reports.pop(choice["index"]))
             text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
             return f"data: {text}\n\n"
     return chunk

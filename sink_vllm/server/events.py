@@ -14,11 +14,11 @@ from typing import Any
 from sink_vllm.compat.patching import Patch
 from sink_vllm.policy.report import (
     FIELD,
-    KEY,
     Report,
     account_of_batch,
     onto_chunk,
     report_of,
+    with_account,
 )
 from sink_vllm.server.lengths import policy_of
 from sink_vllm.server.prompts import Luggage, forget_body
@@ -101,8 +101,8 @@ def _told(chunk: Any, reports: dict[int, Report]) -> Any:
         return onto_chunk(chunk, reports)
     for choice in getattr(chunk, "choices", ()):
         if choice.finish_reason and choice.index in reports:
-            report = {KEY: reports.pop(choice.index)}
-            chunk.kv_transfer_params = {**(chunk.kv_transfer_params or {}), **report}
+            report = reports.pop(choice.index)
+            chunk.kv_transfer_params = with_account(chunk.kv_transfer_params, report)
     return chunk
 
 
@@ -136,7 +136,7 @@ def _wrap_full_completion(original: Callable[..., Any]) -> Callable[..., Any]:
         if policy_of(self.model_config) is not None and len(final_res_batch) > 1:
             account = account_of_batch(final_res_batch, request.n or 1)
             if account is not None:
-                response.kv_transfer_params = {**(getattr(response, FIELD) or {}), KEY: account}
+                response.kv_transfer_params = with_account(getattr(response, FIELD), account)
         return response
 
     return request_output_to_completion_response

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
 
-from sink_vllm.policy.plan import REPORT_KEY
+from sink_vllm.policy.report import KEY
 from sink_vllm.policy.schedule import Schedule, cdiv
 from tests.support.scheduler_only import Core, Settings, check_integrity, leftovers
 
@@ -205,7 +205,7 @@ class Watch:
             client.cached = output.prefill_stats.num_cached_tokens
             if client.cached > client.schedule.capacity:
                 self.reach["resumptions"] += 1
-        report = (output.kv_transfer_params or {}).get(REPORT_KEY)
+        report = (output.kv_transfer_params or {}).get(KEY)
         if report is not None:
             for name, key in (("evictions", "evictions"), ("reanchorings", "rope_reanchorings")):
                 self.reach[name] += report[key] - client.report.get(key, 0)
