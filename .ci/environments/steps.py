@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -18,7 +19,7 @@ class InstallError(Exception):
     """One sentence for the user; details are in the log."""
 
 
-class Environment:
+class Environment(ABC):
     """A virtual environment that is made in steps; the output of commands goes to one log file.
 
     Args:
@@ -47,9 +48,9 @@ class Environment:
         self.make()
         self.stamp.write_text(self.fingerprint())
 
+    @abstractmethod
     def make(self) -> None:
         """All the steps."""
-        raise NotImplementedError
 
     def is_current(self) -> bool:
         """Whether everything this environment depends on is as it was when it was made."""
