@@ -43,7 +43,7 @@ class Patch:
     @property
     def is_applied(self) -> bool:
         """Whether this patch is in effect in this process."""
-        owner, name = self._locate()
+        owner, name = self.locate()
         applied = _book_of(owner).get(name)
         return applied is not None and applied.patch == self
 
@@ -53,7 +53,7 @@ class Patch:
         Raises:
             RuntimeError: the target does not exist, or another patch of ours holds it.
         """
-        owner, name = self._locate()
+        owner, name = self.locate()
         book = _book_of(owner)
         applied = book.get(name)
         if applied is not None:
@@ -75,7 +75,7 @@ class Patch:
         Raises:
             RuntimeError: somebody else has replaced the attribute since.
         """
-        owner, name = self._locate()
+        owner, name = self.locate()
         book = _book_of(owner)
         applied = book.get(name)
         if applied is None or applied.patch != self:
@@ -95,7 +95,7 @@ class Patch:
         else:
             delattr(owner, _BOOK)
 
-    def _locate(self) -> tuple[Any, str]:
+    def locate(self) -> tuple[Any, str]:
         """The object that holds the target, and the target's name in it."""
         if self.formerly is not None:
             with contextlib.suppress(RuntimeError):

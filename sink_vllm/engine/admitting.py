@@ -61,6 +61,9 @@ class AdmittingMixin(PreemptingMixin):
         """Requests admitted in this step, and the cached pages they are resumed from."""
         self._passed_over = 0
         self._short_of_pages = False
+        """Somebody waits for pages or for a share in this step."""
+        self._queue_stands = False
+        """Somebody waits for pages, whom nobody behind may pass in this step."""
         self._adapters: set[int] = set()
         self._adapters_of = -1
         """Adapters of the running requests, when there were so many."""
@@ -79,7 +82,7 @@ class AdmittingMixin(PreemptingMixin):
         self.admission.check()
 
     def _begin_step(self) -> None:
-        self._passed_over, self._short_of_pages = 0, False
+        self._passed_over, self._short_of_pages, self._queue_stands = 0, False, False
         self._adapters_of = -1
         self.ledger.begin()
 
@@ -214,7 +217,7 @@ class AdmittingMixin(PreemptingMixin):
         """
         stream = self.recycler.streams[request.request_id]
         nothing = self.kv_cache_manager.empty_kv_cache_blocks
-        if self._short_of_pages:
+        if self._queue_stands:
             # vLLM 0.32 ends its loop at a request without a token, 0.33 goes on to the next: who is
             # behind one that waits for pages must not take them.
             return nothing, 0, 0, False
@@ -243,7 +246,7 @@ class AdmittingMixin(PreemptingMixin):
         if self.admission.admit(request, stream, cached_in_use):
             self._found[request.request_id] = None
             return True
-        self._short_of_pages = True
+        self._short_of_pages = self._queue_stands = True
         return False
 
     def _settle_admissions(self) -> None:

@@ -72,7 +72,7 @@ def test_register_twice_changes_nothing_the_second_time() -> None:
 
 
 def _what_stands_there(patch: Patch) -> object:
-    return inspect.getattr_static(*patch._locate())
+    return inspect.getattr_static(*patch.locate())
 
 
 @pytest.mark.server

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 
 from benchmarks.paged_layers import PagedLayers
 from sink_vllm.policy.plan import PageMove
@@ -87,6 +88,10 @@ def written_down(name: str) -> Callable[..., None]:
 @pytest.fixture(params=PARAMS)
 def paged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PagedLayers:
     if request.param != "vllm":
+        # vLLM asks the processor when a layer is built; what it would run there is written down.
+        current_platform.import_kernels()
+        monkeypatch.setattr(current_platform, "import_kernels", lambda: None)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
         monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", written_down(request.param))
     paged = PagedLayers(layers=2, kv_cache_dtype="fp8")
     for module in paged.modules:
