@@ -27,7 +27,7 @@ from tests.support.tiny_models import TinyLlama
 pytestmark = pytest.mark.engine
 
 SHAPE = TinyLlama(heads=4, kv_heads=2, layers=2, max_positions=320, seed=1)
-NUM_REQUESTS = 200
+NUM_REQUESTS = 100
 
 
 def pages_per_stream(policy: Policy) -> int:
@@ -116,16 +116,22 @@ class Crowd:
                     del internal[name]
 
 
-@pytest.mark.parametrize("caching", [False, True], ids=["no cache", "prefix cache"])
 @pytest.mark.parametrize(
-    ("policy", "order"),
-    [(Policy(4, 92, 32), "fcfs"), (Policy(40, 56, 32), "priority"), (Policy(0, 64, 64), "fcfs")],
-    ids=["four sinks", "forty sinks, priorities", "no sinks"],
+    ("policy", "order", "caching"),
+    [
+        pytest.param(Policy(4, 92, 32), "fcfs", False, id="four sinks, no cache"),
+        pytest.param(Policy(4, 92, 32), "fcfs", True, id="four sinks"),
+        pytest.param(Policy(40, 56, 32), "priority", True, id="forty sinks, priorities"),
+        pytest.param(Policy(0, 64, 64), "fcfs", False, id="no sinks, no cache"),
+    ],
 )
 def test_no_page_is_lost_in_a_crowd(
     policy: Policy, order: str, caching: bool, tiny_llama: ModelFactory
 ) -> None:
-    """Invariant 5: 200 clients, aborts and preemptions; every step free + held + pinned = all."""
+    """Invariant 5: 100 clients, aborts and preemptions; every step free + held + pinned = all.
+
+    Many more clients, without a model, are in ``test_episodes.py``.
+    """
     with running_engine(
         tiny_llama(SHAPE),
         policy,
@@ -152,7 +158,7 @@ def test_no_page_is_lost_in_a_crowd(
         assert len(result.tokens) == len(result.logprobs) == client.max_tokens
         assert all(-1e6 < logprob <= 0 for logprob in result.logprobs)  # NaN fails both
         assert result.prompt_len == len(client.prompt)
-    assert sum(Generated.of(c.output).evictions for c in served if c.output) >= 300
+    assert sum(Generated.of(c.output).evictions for c in served if c.output) >= 100
 
 
 @pytest.fixture(scope="module", params=[Policy(4, 92, 32), Policy(40, 56, 64)], ids=str)

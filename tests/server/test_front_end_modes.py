@@ -1,9 +1,9 @@
-"""``LLM`` in process, ``LLM`` with an engine process, ``AsyncLLM``: the same freedom of length.
+"""``LLM`` in process and with an engine process: the same freedom of length.
 
-One and several API servers of `vllm serve` are in tests/end_to_end/test_server.py.
+``AsyncLLM`` is in test_async_llm.py; one and several API servers of `vllm serve` are in
+tests/end_to_end/test_server.py.
 """
 
-import asyncio
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,8 @@ import pytest
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import BeamSearchParams, RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.sampling_params import BeamSearchParams
 
 from sink_vllm.server.lengths import FRONT_MAX
 from tests.conftest import ModelFactory
@@ -129,30 +127,3 @@ def test_refusals(llm: LLM) -> None:
             [{"prompt_token_ids": prompt_of(5)}], BeamSearchParams(beam_width=2, max_tokens=5)
         )
     assert len(generate(llm, 50, max_tokens=5).outputs[0].token_ids) == 5
-
-
-def test_async_llm(model: Path) -> None:
-    async def stream(engine: AsyncLLM, **params: Any) -> list[RequestOutput]:
-        kind: dict[str, Any] = {
-            "output_kind": RequestOutputKind.DELTA,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
-        prompt: Any = {"prompt_token_ids": prompt_of(400)}
-        outputs = engine.generate(prompt, SamplingParams(**kind, **params), request_id="r")
-        return [output async for output in outputs]
-
-    async def talk() -> None:
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(str(model), **ARGS))
-        try:
-            outputs = await stream(engine, max_tokens=300, logprobs=0)
-            assert sum(len(output.outputs[0].token_ids) for output in outputs) == 300
-            assert sum(len(output.outputs[0].logprobs or ()) for output in outputs) == 300
-            told = (outputs[-1].kv_transfer_params or {})["streaming_llm"]
-            assert told["evicted_tokens"] == evicted(400, 300)
-            with pytest.raises(VLLMValidationError, match="max_tokens"):
-                await stream(engine, max_tokens=2**40)
-        finally:
-            engine.shutdown()
-
-    asyncio.run(talk())

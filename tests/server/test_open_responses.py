@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONG = int(os.environ.get("LONG_PROMPT", "100000"))  # tokens
 SHORT = 100  # tokens
-OPEN = 3  # responses at once
+OPEN = 2  # responses at once
 MIB = 2**20
 BEGUN = 20  # events
 
