@@ -43,7 +43,7 @@ class Facts:
     attention_free: bool = False
     recurrent_layers: bool = False
     multimodal: bool = False
-    """Requests may bring images, audio or the like; not so where vLLM serves the text side alone."""
+    """Requests may bring images, audio and the like: vLLM does not serve the text side alone."""
     foreign_mrope: str | None = None
     """Positions in sections (M-RoPE), and not as vLLM's own classes give three of them to text."""
     chunked_attention: str | None = None

@@ -17,6 +17,7 @@ from sink_vllm.gate.refusals import REFUSALS
 from tests.conftest import ModelFactory
 from tests.support.engine import Generated, Policy, check_all_free, running_engine
 from tests.support.families import FAMILIES
+from tests.support.families_media import BEGIN, END, IMAGE, VIDEO
 from tests.support.family import Family, write_family
 from tests.support.judge import TOLERANCE, Verdict, judge, random_tokens
 from tests.support.models_table import EVICTIONS, markdown
@@ -85,6 +86,11 @@ def check(
         assert all(still)
     assert len(verdict.ties) <= 3  # more would mean that the model is no good judge
     assert min(len(set(one.tokens)) for one in generated) >= 10  # and so would a loop
+
+
+def test_prompts_contain_what_stands_for_media() -> None:
+    """Somebody may write it into a text, where it is a token like any other."""
+    assert {IMAGE, VIDEO, BEGIN, END} <= set(PROMPTS[1])
 
 
 @pytest.mark.parametrize("rope", [None, LLAMA3_ROPE], ids=["default", "llama3"])

@@ -1,11 +1,12 @@
 """Multimodal families that serve their text side alone: vLLM's multimodal classes, no images.
 
-What stands for images in their vocabularies may occur in a text, and does in those of the tests.
+What stands for images in their vocabularies may occur in a text, and does in the tests' prompts.
 """
 
 from tests.support.families_special import GEMMA_3
 from tests.support.family import HIDDEN, MOE, Family, rope
 
+IMAGE, VIDEO, BEGIN, END = 289, 296, 284, 286
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -22,10 +23,10 @@ QWEN_VISION = {
     "out_hidden_size": HIDDEN,
 }
 QWEN_MEDIA = {
-    "image_token_id": 290,
-    "video_token_id": 291,
-    "vision_start_token_id": 292,
-    "vision_end_token_id": 293,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": BEGIN,
+    "vision_end_token_id": END,
 }
 QWEN3_VL = {
     **QWEN_MEDIA,
@@ -94,12 +95,12 @@ MEDIA = (
             "attention_bias": True,
         },
         media={
-            "image_token_id": 290,
-            "video_token_id": 291,
-            "image_start_token_id": 292,
-            "image_end_token_id": 293,
-            "video_start_token_id": 294,
-            "video_end_token_id": 295,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "image_start_token_id": BEGIN,
+            "image_end_token_id": END,
+            "video_start_token_id": BEGIN,
+            "video_end_token_id": END,
             "vision_config": QWEN_VISION,
         },
     ),
@@ -108,7 +109,7 @@ MEDIA = (
         model="Mistral3",
         special="GQA",
         settings={"sliding_window": None},
-        media={"image_token_id": 290, "vision_config": {"model_type": "pixtral", **VISION}},
+        media={"image_token_id": IMAGE, "vision_config": {"model_type": "pixtral", **VISION}},
     ),
     Family(
         name="Gemma 3 4B+",
@@ -117,9 +118,9 @@ MEDIA = (
         special="hybrid, two bases of rotation",
         settings=GEMMA_3,
         media={
-            "image_token_id": 290,
-            "boi_token_id": 291,
-            "eoi_token_id": 292,
+            "image_token_id": IMAGE,
+            "boi_token_id": BEGIN,
+            "eoi_token_id": END,
             "mm_tokens_per_image": 4,
             "vision_config": VISION,
         },
@@ -130,7 +131,7 @@ MEDIA = (
         model="Llava",
         special="GQA",
         media={
-            "image_token_id": 290,
+            "image_token_id": IMAGE,
             "vision_config": {"model_type": "clip_vision_model", **VISION},
         },
     ),
@@ -139,7 +140,7 @@ MEDIA = (
         model="InternVL",
         special="biases of queries and keys",
         media={
-            "image_token_id": 290,
+            "image_token_id": IMAGE,
             "vision_config": {
                 "model_type": "internvl_vision",
                 **VISION,

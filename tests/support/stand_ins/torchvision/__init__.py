@@ -1,8 +1,9 @@
-"""Stands in for torchvision in tests, where it is not installed: names without anything behind them.
+"""Stands in for torchvision in tests, where it is not installed: names with nothing behind them.
 
-vLLM's classes of multimodal models import it for their images, and nothing of it is used while they
+vLLM's classes of multimodal models import it for their images, and use nothing of it while they
 serve text alone. The ordinary wheel breaks a machine without CUDA (``operator torchvision::nms does
-not exist``), and the CPU builds are not on PyPI. ``tests/conftest.py`` puts this folder on the path.
+not exist``), and the CPU builds are not on PyPI. ``tests/conftest.py`` puts this folder on the
+path.
 
 Every name can be looked up, compared, inherited from and written in annotations; whatever is called
 raises.
