@@ -1,6 +1,8 @@
 """Settings every test shares; they must be in the environment before torch and vLLM load."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,12 @@ ENVIRONMENT = {
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+if importlib.util.find_spec("torchvision") is None:
+    # Here, and in processes that are started: servers, and vLLM's own look at a model class.
+    _stand_ins = str(Path(__file__).parent / "support" / "stand_ins")
+    sys.path.append(_stand_ins)
+    _paths = [os.environ.get("PYTHONPATH", ""), _stand_ins]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _paths))
 
 from tests.support.tiny_models import TinyLlama, write_tiny_llama  # noqa: E402
 

@@ -43,7 +43,9 @@ class Facts:
     attention_free: bool = False
     recurrent_layers: bool = False
     multimodal: bool = False
-    mrope: bool = False
+    """Requests may bring images, audio and the like: vLLM does not serve the text side alone."""
+    foreign_mrope: str | None = None
+    """Positions in sections (M-RoPE), and not as vLLM's own classes give three of them to text."""
     chunked_attention: str | None = None
     """The setting by which some layers see neither everything nor just the last tokens."""
     unequal_layers: bool = False
@@ -131,14 +133,16 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "encoder_decoder": model_config.is_encoder_decoder,
         "attention_free": model_config.is_attention_free,
         "recurrent_layers": model_config.is_hybrid or model_config.has_inner_state,
-        "multimodal": model_config.is_multimodal_model,
-        "mrope": model_config.uses_mrope,
+        "multimodal": model_config.supports_multimodal_inputs,
+        "foreign_mrope": _foreign_mrope(model_config),
         "chunked_attention": _chunked_attention(text),
         "unequal_layers": architecture.per_layer_overrides is not None,
         "shared_kv_layers": getattr(text, "num_kv_shared_layers", 0) or 0,
         "mla": model_config.use_mla,
         "sparse_attention": _setting(text, _SPARSE_ATTENTION_SETTINGS) is not None,
-        "bidirectional": model_config.is_mm_prefix_lm or not getattr(text, "is_causal", True),
+        # Attention in both directions over images alone ends with the images.
+        "bidirectional": not getattr(text, "is_causal", True)
+        or (model_config.is_mm_prefix_lm and not model_config.supports_multimodal_inputs),
         "diffusion": model_config.is_diffusion,
         "position_scaled_attention": _setting(text, _POSITION_SCALING_SETTINGS)
         or next(filter(None, (_setting(p, _POSITION_SCALING_SETTINGS) for p in rope)), None),
@@ -181,6 +185,15 @@ def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
     if rope or _setting(model_config.hf_text_config, _LEGACY_ROPE_SETTINGS) is not None:
         return "rope"
     return "other"
+
+
+def _foreign_mrope(model_config: "ModelConfig") -> str | None:
+    if not model_config.uses_mrope:
+        return None
+    if model_config.using_transformers_backend():
+        return "vLLM's Transformers backend"
+    sections = model_config.mrope_num_dims
+    return f"{sections} sections" if sections != 3 else None
 
 
 def _chunked_attention(text_config: Any) -> str | None:

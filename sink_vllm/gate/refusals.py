@@ -96,20 +96,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
-        "multimodal M-RoPE",
-        "multimodal rotary positions (M-RoPE)",
-        lambda f: _if(f.mrope, f.architecture),
-        "an image takes positions in three dimensions, which one offset cannot move",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "multimodal",
-        "multimodal models",
-        lambda f: _if(f.multimodal, f.architecture),
-        "an image could be cut in two by an eviction",
-        _OTHER_MODEL,
-    ),
-    Refusal(
         "MLA",
         "multi-head latent attention on GPUs",
         lambda f: _if(f.mla and f.platform != "cpu", f.architecture),
@@ -172,6 +158,20 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda f: f.position_scaled_attention,
         "positions inside the cache are not the positions of the text",
         _OTHER_MODEL,
+    ),
+    Refusal(
+        "M-RoPE",
+        "positions in sections (M-RoPE) other than three of them in vLLM's own model classes",
+        lambda f: f.foreign_mrope,
+        "that the sections of a text are equal, so that one offset moves all, is not known there",
+        _OTHER_MODEL,
+    ),
+    Refusal(  # after all that is so of its text, too: here something can be done
+        "multimodal",
+        "images, audio and other media in requests",
+        lambda f: _if(f.multimodal, f.architecture),
+        "an image could be cut in two by an eviction",
+        "add --language-model-only to serve the model's text (and drop --enable-mm-embeds)",
     ),
     Refusal(
         "prompt embeddings",

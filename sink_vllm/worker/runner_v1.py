@@ -104,5 +104,8 @@ class StreamingLLMRunnerV1(StreamingLLMRunner):
             # lengths were computed from it before, and are done with it.
             n = scheduler_output.total_num_scheduled_tokens
             rows = self.rope_offsets.of_rows(self.input_batch.req_ids)
-            self.positions[:n] += rows[self.req_indices.gpu[:n]]
+            shift = rows[self.req_indices.gpu[:n]]
+            self.positions[:n] += shift
+            if self.uses_mrope:  # this buffer is then read instead, by section; texts have no gaps
+                self.mrope_positions.gpu[:, :n] += shift
         return result

@@ -35,8 +35,6 @@ CASES: dict[str, tuple[Facts, str]] = {
     "bidirectional": (Facts(bidirectional=True), "LlamaForCausalLM"),
     "diffusion": (Facts(diffusion=True), "LlamaForCausalLM"),
     "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
-    "multimodal M-RoPE": (Facts(mrope=True, multimodal=True, architecture="Qwen2VL"), "Qwen2VL"),
-    "multimodal": (Facts(multimodal=True, architecture="Llava"), "Llava"),
     "MLA": (
         Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
         "DeepseekV2ForCausalLM",
@@ -61,6 +59,8 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(position_scaled_attention="llama_4_scaling_beta=0.1"),
         "llama_4_scaling_beta=0.1",
     ),
+    "M-RoPE": (Facts(foreign_mrope="4 sections", multimodal=True), "4 sections"),
+    "multimodal": (Facts(multimodal=True, architecture="Llava"), "Llava"),
     "prompt embeddings": (Facts(prompt_embeds=True), "--enable-prompt-embeds"),
     "custom logits processors": (
         Facts(custom_logits_processors="--logits-processors"),

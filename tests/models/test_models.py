@@ -17,6 +17,7 @@ from sink_vllm.gate.refusals import REFUSALS
 from tests.conftest import ModelFactory
 from tests.support.engine import Generated, Policy, check_all_free, running_engine
 from tests.support.families import FAMILIES
+from tests.support.families_media import BEGIN, END, IMAGE, VIDEO
 from tests.support.family import Family, write_family
 from tests.support.judge import TOLERANCE, Verdict, judge, random_tokens
 from tests.support.models_table import EVICTIONS, markdown
@@ -46,9 +47,7 @@ def test_family_streams_exactly(
 
     with (
         classes_restored(family.model_class),
-        running_engine(
-            folder, POLICY, max_num_batched_tokens=100, block_size=family.page
-        ) as engine,
+        running_engine(folder, POLICY, max_num_batched_tokens=100, **family.engine) as engine,
     ):
         generated = engine.greedy(PROMPTS, NUM_TOKENS)
         check_all_free(engine)
@@ -79,6 +78,7 @@ def check(
     """
     assert verdict.least_evictions >= EVICTIONS
     assert model.startswith("Transformers") == (family.backend == "transformers")
+    assert (family.media is None) or model.endswith("ForConditionalGeneration")
     if family.positions == "rope":
         assert verdict.least_reanchorings >= 1
         assert tuple(i for i, one in enumerate(still) if one) == family.still
@@ -86,6 +86,11 @@ def check(
         assert all(still)
     assert len(verdict.ties) <= 3  # more would mean that the model is no good judge
     assert min(len(set(one.tokens)) for one in generated) >= 10  # and so would a loop
+
+
+def test_prompts_contain_what_stands_for_media() -> None:
+    """Somebody may write it into a text, where it is a token like any other."""
+    assert {IMAGE, VIDEO, BEGIN, END} <= set(PROMPTS[1])
 
 
 @pytest.mark.parametrize("rope", [None, LLAMA3_ROPE], ids=["default", "llama3"])
@@ -124,8 +129,6 @@ def test_refused_models_are_refused(refused: Refused, tmp_path: Path) -> None:
 
     from sink_vllm.gate.facts import Facts
 
-    if refused.needs is not None:
-        pytest.importorskip(refused.needs, reason="vLLM's model class needs it")
     config = getattr(transformers, refused.config)(**refused.settings)
     config.architectures = [_architecture(refused.config)]
     config.save_pretrained(tmp_path)
@@ -144,7 +147,9 @@ def _architecture(config: str) -> str:
         "GPT2Config": "GPT2LMHeadModel",
         "LlavaConfig": "LlavaForConditionalGeneration",
         "Qwen2VLConfig": "Qwen2VLForConditionalGeneration",
+        "Gemma3Config": "Gemma3ForConditionalGeneration",
         "Gemma3TextConfig": "Gemma3ForCausalLM",
+        "Qwen3_5Config": "Qwen3_5ForConditionalGeneration",
         "Llama4TextConfig": "Llama4ForCausalLM",
     }
     return names.get(config) or config.replace("Config", "ForCausalLM")

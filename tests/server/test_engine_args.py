@@ -410,10 +410,10 @@ def test_settings_that_contradict_the_policy(
                 "rope_parameters": {
                     "rope_type": "default",
                     "rope_theta": 10000.0,
-                    "mrope_section": [4, 6, 6],
+                    "mrope_section": [4, 4, 4, 4],
                 }
             },
-            "M-RoPE",
+            "M-RoPE) other than three of them in vLLM's own model classes yet (4 sections)",
         ),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

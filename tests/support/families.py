@@ -1,5 +1,6 @@
 """The model families that are tested: the table behind ``docs/models.md``."""
 
+from tests.support.families_media import MEDIA
 from tests.support.families_special import SPECIAL
 from tests.support.family import HEADS, HIDDEN, LAYERS, MAX_POSITIONS, MOE, TIED, Family, rope
 from tests.support.tiny_models import LLAMA3_ROPE
@@ -205,4 +206,5 @@ FAMILIES = (
         settings={"no_rope_layers": [1, 0, 1, 1], "num_hidden_layers": 4},
     ),
     *SPECIAL,
+    *MEDIA,
 )

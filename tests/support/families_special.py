@@ -4,6 +4,14 @@ from tests.support.family import HEAD_SIZE, HEADS, MOE, TIED, Family, rope
 
 HYBRID = {"num_hidden_layers": 4, "sliding_window": 24}
 GEMMA_HYBRID = {**HYBRID, **TIED, "query_pre_attn_scalar": HEAD_SIZE}
+GEMMA_3 = {
+    **GEMMA_HYBRID,
+    "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    },
+}
 LATENT = {
     "num_key_value_heads": HEADS,
     "kv_lora_rank": 512,  # the one shape of vLLM's latent attention on CPUs
@@ -51,14 +59,7 @@ SPECIAL = (
         quick=True,
         model="Gemma3Text",
         special="hybrid, two bases of rotation",
-        settings={
-            **GEMMA_HYBRID,
-            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
-            },
-        },
+        settings=GEMMA_3,
         tied_gain=1.0,
     ),
     Family(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedConfig
 
 from tests.support.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, _tokenizer
@@ -30,6 +31,8 @@ class Family:
     """What this row is in the table for."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the configuration, on top of the common ones."""
+    media: dict[str, Any] | None = None
+    """Settings around those of the text, of a multimodal model that serves text alone."""
     positions: str = "rope"
     backend: str = "vLLM"
     """Whose model code vLLM 0.32 runs: its own, that of transformers, or this project's."""
@@ -41,12 +44,21 @@ class Family:
     """Scale of embeddings that are the output's weights, too."""
     gain: float = 1.0
     """Scale of the weights of layers; more where the embedding outweighs them and tokens repeat."""
+    turned: str | None = None
+    """Part of the names of weights that are transposed in published checkpoints."""
     quick: bool = False
     """Whether it is tested by default, for all that is like it."""
 
     @property
     def architecture(self) -> str:
-        return f"{self.model.removesuffix('Text')}ForCausalLM"
+        kind = "CausalLM" if self.media is None else "ConditionalGeneration"
+        return f"{self.model.removesuffix('Text')}For{kind}"
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Arguments for ``vllm.LLM``."""
+        alone = {} if self.media is None else {"language_model_only": True}
+        return {"block_size": self.page, **alone}
 
     @property
     def model_class(self) -> Any:
@@ -73,8 +85,17 @@ def write_family(folder: Path, family: Family) -> Path:
     _fill(model, family)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(folder)
+    if family.turned is not None:
+        _turn(folder / "model.safetensors", family.turned)
     _tokenizer().save_pretrained(folder)
     return folder
+
+
+def _turn(file: Path, part: str) -> None:
+    weights = load_file(file)
+    for name in [name for name in weights if part in name]:
+        weights[name] = weights[name].transpose(1, 2).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def config_of(family: Family) -> PreTrainedConfig:
@@ -104,7 +125,12 @@ def config_of(family: Family) -> PreTrainedConfig:
             del common[name]
         for name in ("intermediate_size", "max_position_embeddings"):
             del common[name]
-    config: PreTrainedConfig = config_class(**(common | family.settings))
+    settings = common | family.settings
+    if family.media is not None:
+        around = {name: settings[name] for name in ("tie_word_embeddings", "dtype")}
+        around["architectures"] = settings.pop("architectures")
+        settings = {"text_config": settings, **around, **family.media}
+    config: PreTrainedConfig = config_class(**settings)
     return config
 
 

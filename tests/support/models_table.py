@@ -28,6 +28,10 @@ Streams have 500 tokens, {evictions} or more evictions, and a re-anchoring where
 
 - **V1**, which vLLM uses on CPUs;
 - **V2**, which it uses on GPUs, here under Triton's interpreter.
+
+*Text alone* is a multimodal model with `--language-model-only`, run by vLLM's multimodal class.
+Prompts contain what stands for an image in its vocabulary, as text; requests with images get a 400
+from vLLM (`tests/server/test_text_alone.py`).
 """
 REFUSED_HEAD = """
 ## Refused
@@ -99,9 +103,9 @@ def markdown() -> str:
 
 
 def _tested(family: Family) -> str:
+    special = family.special if family.media is None else f"text alone; {family.special}"
     return (
-        f"| {family.name} | `{family.model}Config` | {family.special} | {family.backend} | "
-        "exact | exact |"
+        f"| {family.name} | `{family.model}Config` | {special} | {family.backend} | exact | exact |"
     )
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
+import transformers
+from transformers import AutoConfig, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tests.support.oracle import Oracle
@@ -82,6 +83,7 @@ class _Rotary:
     function = "apply_rotary_pos_emb"
 
     def __init__(self, model: Any, capacity: int) -> None:
+        model = model.get_decoder()  # of a multimodal model, its text side
         self.module = sys.modules[type(model).__module__]
         self.original: Callable[..., Any] | None = getattr(self.module, self.function, None)
         self.angles = _angles(model, capacity)
@@ -203,8 +205,10 @@ class HFModel:
             # It was trained with one token more than its window says; vLLM adds it, transformers
             # does not.
             config.sliding_window += 1
+        # Multimodal models have no entry among causal language models.
+        model_class = getattr(transformers, config.architectures[0])
         self.model = _without_approximations(
-            AutoModelForCausalLM.from_pretrained(
+            model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,

@@ -15,8 +15,6 @@ class Refused:
     row: str
     """Name of the row of ``sink_vllm.gate.refusals`` that refuses it."""
     settings: dict[str, Any] = field(default_factory=dict)
-    needs: str | None = None
-    """Package without which vLLM cannot look at the model class."""
 
 
 REFUSED = (
@@ -28,8 +26,10 @@ REFUSED = (
     Refused(name="Jamba", config="JambaConfig", row="recurrent layers"),
     Refused(name="Falcon-H1", config="FalconH1Config", row="recurrent layers"),
     Refused(name="Qwen3-Next", config="Qwen3NextConfig", row="recurrent layers"),
-    Refused(name="Qwen2-VL", config="Qwen2VLConfig", row="multimodal M-RoPE", needs="torchvision"),
-    Refused(name="LLaVA", config="LlavaConfig", row="multimodal", needs="torchvision"),
+    Refused(name="Qwen2-VL with images", config="Qwen2VLConfig", row="multimodal"),
+    Refused(name="Gemma 3 with images", config="Gemma3Config", row="multimodal"),
+    Refused(name="LLaVA with images", config="LlavaConfig", row="multimodal"),
+    Refused(name="Qwen3.5", config="Qwen3_5Config", row="recurrent layers"),
     Refused(
         name="Moonlight",
         config="DeepseekV3Config",

@@ -33,6 +33,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dynamic ntk": {"rope_type": "dynamic", "factor": 2.0},
     "dynamic ntk, alpha": {"rope_type": "dynamic", "alpha": 4.0},
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    "M-RoPE": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+    "M-RoPE, interleaved": {
+        "rope_type": "default",
+        "mrope_section": [12, 10, 10],
+        "mrope_interleaved": True,
+    },
+    "M-RoPE, yarn": YARN | {"mrope_section": [12, 10, 10], "mrope_interleaved": True},
     "half rotary": {"rope_type": "default", "partial_rotary_factor": 0.5},
     "quarter rotary": {"rope_type": "default", "partial_rotary_factor": 0.25},
 }
@@ -48,7 +55,9 @@ def rotary_of(
 
 
 def keys_at(rotary: RotaryEmbedding, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The module's own rotation of ``[n, heads, head_size]``."""
+    """The module's own rotation of ``[n, heads, head_size]``, its sections at one position."""
+    if getattr(rotary, "mrope_section", None):
+        positions = positions.expand(3, -1)  # what vLLM's models give to text
     _, rotated = rotary.forward_native(positions, torch.zeros_like(keys), keys.clone())
     assert rotated is not None
     return rotated
@@ -82,6 +91,18 @@ def test_a_rotated_key_equals_the_key_of_the_later_position(
     tolerance = 2e-4 if dtype is torch.float32 else 2.0**-7
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error.max()) <= tolerance
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("M-RoPE")])
+def test_sections_at_one_position_are_one_position(variant: str) -> None:
+    """vLLM's V1 runner gives the model three rows of positions, ours on V2 gives it one."""
+    rotary = rotary_of(VARIANTS[variant], dtype=torch.float32)
+    keys, positions = torch.randn(9, 2, 64), torch.arange(0, 900, 100)
+
+    _, rotated = rotary.forward_native(positions, torch.zeros_like(keys), keys.clone())
+
+    assert rotated is not None
+    assert torch.equal(rotated, keys_at(rotary, keys, positions))
 
 
 @pytest.mark.parametrize("head_size", [32, 80, 96, 112, 128, 256])
@@ -149,7 +170,12 @@ def test_the_table_of_deltas_survives_being_full() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "MRotaryEmbedding": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+    "MRotaryEmbeddingInterleaved": {
+        "rope_type": "openpangu",
+        "mrope_section": [8, 12, 12],
+        "mrope_interleaved": True,
+    },
+    "BailingMRotaryEmbedding": {"rope_type": "bailing_mrope", "mrope_section": [8, 12, 12]},
     "FourierRotaryEmbedding": {
         "rope_type": "default",
         "use_fope": True,

@@ -139,7 +139,7 @@ def test_v2_family_streams_exactly(family: Family, tmp_path: Path) -> None:
     folder = write_family(tmp_path, family)
     batch = Batch(models.PROMPTS, [GREEDY | {"max_tokens": models.NUM_TOKENS}] * 2)
 
-    ran = run_v2(folder, [batch], models.POLICY, watch=False, block_size=family.page)
+    ran = run_v2(folder, [batch], models.POLICY, watch=False, **family.engine)
 
     verdict = judge(HFOracle(folder), models.POLICY, models.PROMPTS, ran.batches[0])
     print(family.name, verdict)

@@ -26,6 +26,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     Gemma4RotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
+    MRotaryEmbedding,
     NTKScalingRotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
@@ -56,6 +57,13 @@ def _of_yarn(
     return rotary._compute_inv_freq(rotary.scaling_factor)
 
 
+def _of_mrope(rotary: MRotaryEmbedding) -> torch.Tensor:
+    # All sections of a text have the same position, so they rotate as one.
+    if rotary.scaling_factor is None:
+        return rotary._compute_inv_freq(rotary.base)
+    return rotary._compute_inv_freq(rotary.scaling_factor)  # yarn's method
+
+
 def _of_table(rotary: RotaryEmbedding) -> torch.Tensor:
     """Frequencies of modules that compute them inside ``_compute_cos_sin_cache``.
 
@@ -74,6 +82,7 @@ _FREQUENCIES: dict[type, Callable[..., torch.Tensor]] = {
     LinearScalingRotaryEmbedding: _of_linear,
     YaRNScalingRotaryEmbedding: _of_yarn,
     DeepseekScalingRotaryEmbedding: _of_yarn,
+    MRotaryEmbedding: _of_mrope,
     DynamicNTKScalingRotaryEmbedding: _of_table,  # vLLM's bases are constants, nothing dynamic
     DynamicNTKAlphaRotaryEmbedding: _of_table,
 }
