@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from sink_vllm.gate.lengths import rope_parameters
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
@@ -38,6 +40,8 @@ class Facts:
     positions: str = "rope"
     """``rope``, ``alibi`` or ``other`` (learned absolute embeddings, or nothing we recognise)."""
     rope_types: tuple[str, ...] = ("default",)
+    transformers_backend: bool = False
+    """Whether vLLM runs the model code of transformers."""
     runner: str = "generate"
     encoder_decoder: bool = False
     attention_free: bool = False
@@ -122,11 +126,12 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
     """The part of :class:`Facts` that the model alone decides, by field name."""
     text = model_config.hf_text_config
     architecture = model_config.model_arch_config
-    rope = _rope_parameters(text)
+    rope = rope_parameters(text)
     return {
         "architecture": model_config.architecture,
         "positions": _positions(model_config, rope),
         "rope_types": tuple(sorted({_rope_type(parameters) for parameters in rope})),
+        "transformers_backend": model_config.using_transformers_backend(),
         "runner": model_config.runner_type,
         "encoder_decoder": model_config.is_encoder_decoder,
         "attention_free": model_config.is_attention_free,
@@ -155,13 +160,6 @@ def _custom_logits_processors(model_config: "ModelConfig") -> str | None:
     # vLLM loads those of installed packages without being asked.
     plugin = next(iter(entry_points(group=LOGITSPROCS_GROUP)), None)
     return None if plugin is None else f"the installed plugin {plugin.name!r}"
-
-
-def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a model, one dictionary per kind of layer."""
-    from vllm.transformers_utils.config import iter_rope_parameters
-
-    return list(iter_rope_parameters(text_config))
 
 
 def _rope_type(parameters: dict[str, Any]) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from sink_vllm.gate.facts import Facts
 
-KNOWN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+KNOWN_ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
+ROPE_TYPES_OF_LENGTH = ("dynamic", "longrope")
+"""vLLM's own modules choose frequencies once; those of transformers by the positions of a step."""
 PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FP8_KV_DTYPES = ("fp8", "fp8_e4m3")
 """One scale for all keys of a layer or of a head: it cancels when a key is rotated."""
@@ -165,6 +167,15 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda f: [t for t in f.rope_types if t not in KNOWN_ROPE_TYPES],
         "frequencies that depend on the length cannot rotate a key by a difference of positions",
         "use a checkpoint with one of these scalings, or --kv-policy full",
+    ),
+    Refusal(
+        "RoPE of transformers that depends on the length",
+        "RoPE scaling that depends on the length, in models that transformers implements",
+        lambda f: _if(
+            f.transformers_backend, [t for t in f.rope_types if t in ROPE_TYPES_OF_LENGTH]
+        ),
+        "transformers changes the frequencies when positions pass the original length",
+        _OTHER_MODEL,
     ),
     Refusal(
         "position-scaled attention",

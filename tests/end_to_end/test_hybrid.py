@@ -17,6 +17,7 @@ from benchmarks.gpu.pages import Backend
 from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec, under_policy
 from sink_vllm.engine.managers.streaming import StreamingLLMManager
 from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
+from sink_vllm.policy.bound import Bound
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import SinkOptions
 from sink_vllm.worker.layers.attention import AttentionLayer, check_windows
@@ -222,7 +223,10 @@ def test_flashinfer_serves_one_window(
 
 
 CONFIG = SinkConfig.resolve(
-    SinkOptions(sink_window=28, sink_stride=32), block_size=32, trained_len=1024, max_model_len=None
+    SinkOptions(sink_window=28, sink_stride=32),
+    block_size=32,
+    bound=Bound.of(1024),
+    max_model_len=None,
 )
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 

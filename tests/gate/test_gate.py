@@ -57,6 +57,10 @@ CASES: dict[str, tuple[Facts, str]] = {
         "GPT2LMHeadModel",
     ),
     "RoPE scaling": (Facts(rope_types=("default", "dynamic")), "dynamic"),
+    "RoPE of transformers that depends on the length": (
+        Facts(rope_types=("longrope",), transformers_backend=True),
+        "longrope",
+    ),
     "position-scaled attention": (
         Facts(position_scaled_attention="llama_4_scaling_beta=0.1"),
         "llama_4_scaling_beta=0.1",

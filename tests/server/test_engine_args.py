@@ -378,8 +378,8 @@ def test_configuration_carries_the_plugin(model: str, monkeypatch: pytest.Monkey
         ),
         (
             {"max_model_len": TRAINED + 1},
-            f"--max-model-len={TRAINED + 1} is above the {TRAINED} tokens the model was trained "
-            f"for, and a stream never needs more cache than that; use {TRAINED} or less.",
+            f"--max-model-len={TRAINED + 1} is above {TRAINED}, the length the model was trained "
+            f"for; use {TRAINED} or less.",
         ),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

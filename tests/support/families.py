@@ -1,8 +1,36 @@
 """The model families that are tested: the table behind ``docs/models.md``."""
 
+from typing import Any
+
 from tests.support.families_special import SPECIAL
-from tests.support.family import HEADS, HIDDEN, LAYERS, MAX_POSITIONS, MOE, TIED, Family, rope
+from tests.support.family import (
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MAX_POSITIONS,
+    MOE,
+    TIED,
+    Family,
+    rope,
+)
 from tests.support.tiny_models import LLAMA3_ROPE
+
+
+def longrope(original: int, partial_rotary_factor: float = 1.0) -> dict[str, Any]:
+    """Settings of a model that was trained for ``original`` tokens and stretched to more."""
+    pairs = int(HEAD_SIZE * partial_rotary_factor) // 2
+    return {
+        "original_max_position_embeddings": original,
+        **rope(
+            "longrope",
+            original_max_position_embeddings=original,
+            partial_rotary_factor=partial_rotary_factor,
+            short_factor=[1.0 + i / pairs for i in range(pairs)],
+            long_factor=[1.5 + 3.0 * i / pairs for i in range(pairs)],
+        ),
+    }
+
 
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
 GPT2_NAMES = {
@@ -69,11 +97,14 @@ FAMILIES = (
     Family(
         name="Phi-4-mini",
         model="Phi3",
-        special="fused projections, partial rotation",
-        settings={
-            "original_max_position_embeddings": MAX_POSITIONS,
-            **rope(partial_rotary_factor=0.75),
-        },
+        special="fused projections, partial rotation, longrope with its short factors",
+        settings=longrope(original=64, partial_rotary_factor=0.75),  # as long as the cache
+    ),
+    Family(
+        name="Phi-3.5",
+        model="Phi3",
+        special="fused projections, longrope with its long factors",
+        settings=longrope(original=32),
     ),
     Family(
         name="GPT-J",

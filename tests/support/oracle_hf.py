@@ -176,6 +176,9 @@ def _angles(model: Any, capacity: int) -> dict[str, tuple[torch.Tensor, ...]]:
             types = getattr(module, "layer_types", None)
             if types is None:
                 made = module(torch.zeros(1), positions)
+                # Frequencies that depend on the longest position stay those of the whole cache, as
+                # in vLLM, where they are chosen once.
+                module.rope_type = "default"
                 return {"all": made if isinstance(made, tuple) else (made,)}
             return {one: module(torch.zeros(1), positions, one) for one in types}
         if hasattr(module, "embed_positions"):  # GPT-J: a table [sin | cos] in every layer
