@@ -6,6 +6,7 @@ if the cache is short enough; then a stream computes what the model computes bel
 Imports neither torch nor vLLM.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +53,23 @@ def bound_of(model_config: "ModelConfig") -> Bound:
     Args:
         model_config: made without ``--max-model-len``.
     """
-    default: int = model_config.max_model_len
+    trained: int = model_config.max_model_len
+    bounds = list(_bounds(model_config))
     long_rope = LongRope.of(model_config)
-    if long_rope is None:
-        return Bound.of(default)
-    # Without --max-model-len vLLM starts with the original length, but it takes the longest.
-    original = Bound(most=long_rope.longest, default=default, name="")
-    return Bound.of(long_rope.longest, [original])
+    if long_rope is not None:
+        # Without --max-model-len vLLM starts with the original length, but it takes the longest.
+        bounds.append(Bound(most=long_rope.longest, default=trained, name=""))
+        trained = long_rope.longest
+    return Bound.of(trained, bounds)
+
+
+def _bounds(model_config: "ModelConfig") -> Iterator[Bound]:
+    text = model_config.hf_text_config
+    if any(parameters.get("rope_type") == "dynamic" for parameters in rope_parameters(text)):
+        # vLLM takes the length times the factor for the trained one, and makes no more rows.
+        rows: int = text.max_position_embeddings
+        name = "the length the model was trained for (vLLM's table of dynamic RoPE ends there)"
+        yield Bound(most=rows, default=rows, name=name)
 
 
 def notes_of(model_config: "ModelConfig", capacity: int) -> list[str]:

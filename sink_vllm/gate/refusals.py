@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 from sink_vllm.gate.facts import Facts
 
-KNOWN_ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
+KNOWN_ROPE_TYPES = (
+    "default",
+    "dynamic",
+    "linear",
+    "llama3",
+    "longrope",
+    "ntk",
+    "proportional",
+    "yarn",
+)
 ROPE_TYPES_OF_LENGTH = ("dynamic", "longrope")
 """vLLM's own modules choose frequencies once; those of transformers by the positions of a step."""
 PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -165,7 +174,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "RoPE scaling",
         "RoPE scaling other than " + ", ".join(KNOWN_ROPE_TYPES),
         lambda f: [t for t in f.rope_types if t not in KNOWN_ROPE_TYPES],
-        "frequencies that depend on the length cannot rotate a key by a difference of positions",
+        "rotations by two positions may not add up to one, and then no cached key can be moved",
         "use a checkpoint with one of these scalings, or --kv-policy full",
     ),
     Refusal(

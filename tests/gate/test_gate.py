@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(positions="other", rope_types=(), architecture="GPT2LMHeadModel"),
         "GPT2LMHeadModel",
     ),
-    "RoPE scaling": (Facts(rope_types=("default", "dynamic")), "dynamic"),
+    "RoPE scaling": (Facts(rope_types=("default", "fope")), "['fope']"),
     "RoPE of transformers that depends on the length": (
         Facts(rope_types=("longrope",), transformers_backend=True),
         "longrope",

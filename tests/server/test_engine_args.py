@@ -396,7 +396,7 @@ def test_settings_that_contradict_the_policy(
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling"),
+        ({"rope_parameters": {"rope_type": "default", "use_fope": True}}, "RoPE scaling"),
         ({"attention_chunk_size": 64}, "attention_chunk_size=64"),
         (
             {"layer_types": ["full_attention", "chunked_attention"]},
@@ -521,6 +521,8 @@ def test_rust_front_end_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) 
     "rope",
     [
         {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0},
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": TRAINED // 2},
         {
             "rope_type": "llama3",

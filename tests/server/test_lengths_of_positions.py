@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Phi3Config, PreTrainedConfig
+from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
@@ -99,3 +99,14 @@ def test_longrope_ends_where_the_model_does(phi_4_mini: Path) -> None:
         ValueError, match=r"^--max-model-len=131073 is above 131072, the length .*; use 131072 or"
     ):
         build(phi_4_mini, max_model_len=131073)
+
+
+def test_dynamic_rope_ends_with_its_table(tmp_path: Path) -> None:
+    """vLLM takes twice the rows that it makes for the length of the model."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = LlamaConfig(max_position_embeddings=2048, rope_parameters=rope)
+    model = write(tmp_path, "LlamaForCausalLM", config)
+
+    assert capacity_of(build(model)) == 2048
+    with pytest.raises(ValueError, match=r"=2049 is above 2048, .*dynamic RoPE.*use 2048 or less"):
+        build(model, max_model_len=2049)

@@ -57,6 +57,12 @@ FAMILIES = (
         settings=rope("linear", factor=4.0) | {"max_position_embeddings": 32},
     ),
     Family(
+        name="Llama, dynamic NTK",
+        model="Llama",
+        special="a cache as long as vLLM's table of it",
+        settings=rope("dynamic", factor=2.0) | {"max_position_embeddings": 64},
+    ),
+    Family(
         name="Llama, yarn scaling",
         quick=True,
         model="Llama",

@@ -1,4 +1,4 @@
-"""LongRoPE: the factors that are used, their rotations, and longer tables, against vLLM's module."""
+"""LongRoPE: the factors in use, their rotations and longer tables, against vLLM's module."""
 
 import pytest
 import torch
