@@ -8,27 +8,24 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from sink_vllm.gate.lengths import rope_parameters
+from sink_vllm.gate.lengths import Temperature, rope_parameters
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 # How configurations that predate ``rope_parameters`` show that their model rotates.
 _LEGACY_ROPE_SETTINGS = ("rope_theta", "rotary_dim", "rotary_emb_base", "rope_ratio")
-# The names ``layer_types`` uses for attention over everything, and over the last tokens.
-_STREAMING_ATTENTION = ("attention", "full_attention", "sliding_attention")
-_CHUNKED_ATTENTION_SETTINGS = (
-    "attention_chunk_size",
-    "dual_chunk_attention_config",
-    "rswa_window",
+# What ``layer_types`` calls attention over everything, over the last tokens, over one chunk (of a
+# size that bounds the capacity); and layers that have no other attention than these, or none.
+_STREAMING_LAYERS = (
+    *("attention", "full_attention", "sliding_attention", "chunked_attention"),
+    *("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"),
+    *("mlp", "moe", "dense", "sparse"),
 )
+_CHUNKED_ATTENTION_SETTINGS = ("dual_chunk_attention_config", "rswa_window")
 _SPARSE_ATTENTION_SETTINGS = ("index_topk", "sparse_attention_config", "sparse_attn_config")
-_POSITION_SCALING_SETTINGS = (
-    "attn_temperature_tuning",
-    "llama_4_scaling",
-    "llama_4_scaling_beta",
-    "use_logn_attn",
-)
+_POSITION_SCALING_SETTINGS = ("llama_4_scaling", "llama_4_scaling_beta", "use_logn_attn")
+"""Of which ``Temperature`` knows the first step, or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +46,8 @@ class Facts:
     multimodal: bool = False
     mrope: bool = False
     chunked_attention: str | None = None
-    """The setting by which some layers see neither everything nor just the last tokens."""
+    """The setting by which some layers see neither everything nor just the last tokens of a cache,
+    however short it is."""
     unequal_layers: bool = False
     shared_kv_layers: int = 0
     mla: bool = False
@@ -57,7 +55,7 @@ class Facts:
     bidirectional: bool = False
     diffusion: bool = False
     position_scaled_attention: str | None = None
-    """The setting that scales queries by their absolute position."""
+    """The setting that scales queries by their absolute position, nobody knows from which on."""
     prompt_embeds: bool = False
     custom_logits_processors: str | None = None
     """The option that names some, or the installed plugin that brings some."""
@@ -145,8 +143,7 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "sparse_attention": _setting(text, _SPARSE_ATTENTION_SETTINGS) is not None,
         "bidirectional": model_config.is_mm_prefix_lm or not getattr(text, "is_causal", True),
         "diffusion": model_config.is_diffusion,
-        "position_scaled_attention": _setting(text, _POSITION_SCALING_SETTINGS)
-        or next(filter(None, (_setting(p, _POSITION_SCALING_SETTINGS) for p in rope)), None),
+        "position_scaled_attention": _position_scaled_attention(model_config, rope),
         "prompt_embeds": model_config.enable_prompt_embeds,
         "custom_logits_processors": _custom_logits_processors(model_config),
     }
@@ -181,11 +178,25 @@ def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
     return "other"
 
 
+def _position_scaled_attention(
+    model_config: "ModelConfig", rope: list[dict[str, Any]]
+) -> str | None:
+    if Temperature.of(model_config) is not None:
+        return None
+    settings = (_setting(one, _POSITION_SCALING_SETTINGS) for one in rope)
+    return _setting(model_config.hf_text_config, _POSITION_SCALING_SETTINGS) or next(
+        filter(None, settings), None
+    )
+
+
 def _chunked_attention(text_config: Any) -> str | None:
     setting = _setting(text_config, _CHUNKED_ATTENTION_SETTINGS)
     if setting is not None:
         return setting
-    other = set(getattr(text_config, "layer_types", None) or ()) - set(_STREAMING_ATTENTION)
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    other = kinds - set(_STREAMING_LAYERS)
+    if "chunked_attention" in kinds and not getattr(text_config, "attention_chunk_size", None):
+        other.add("chunked_attention")  # nobody knows of which size
     return f"layer_types: {', '.join(sorted(other))}" if other else None
 
 

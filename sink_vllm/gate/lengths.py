@@ -6,6 +6,7 @@ if the cache is short enough; then a stream computes what the model computes bel
 Imports neither torch nor vLLM.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ from sink_vllm.policy.bound import Bound
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+
+_TUNED_LENGTH = 32768
+"""``max_model_len`` above which vLLM tunes the temperature of Llama 4 without being asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,73 @@ class LongRope:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """Queries are scaled by a step function of their position, which is 1 up to its first step."""
+
+    setting: str
+    """As the configuration spells it, and its value."""
+    positions: int
+    """How many positions come before the first step."""
+
+    @classmethod
+    def of(cls, model_config: "ModelConfig") -> "Temperature | None":
+        """The first step of a model; ``None`` where its settings do not tell, or nothing scales."""
+        text = model_config.hf_text_config
+        steps = []
+        llama_4 = hasattr(text, "attn_temperature_tuning")
+        if llama_4 and _is_tuned(model_config, model_config.max_model_len > _TUNED_LENGTH):
+            steps.append(cls.of_llama_4(text))
+        # Mistral: floor(position / length), in a dictionary of its own or in that of RoPE.
+        own = getattr(text, "llama_4_scaling", None)
+        scaled = [own] if isinstance(own, dict) else []
+        scaled += [one for one in rope_parameters(text) if one.get("llama_4_scaling_beta")]
+        for one in scaled:
+            length = one.get("original_max_position_embeddings")
+            if length:
+                setting = f"original_max_position_embeddings={length}"
+                steps.append(cls(setting, math.ceil(length)))
+        return min(steps, key=lambda step: step.positions, default=None)
+
+    @classmethod
+    def of_llama_4(cls, text: Any) -> "Temperature":
+        scale = getattr(text, "floor_scale", 8192)
+        # It counts from 1: floor((position + 1) / floor_scale).
+        return cls(f"floor_scale={scale}", math.ceil(scale) - 1)
+
+    @property
+    def bound(self) -> Bound:
+        """Half of the positions by default.
+
+        A window is rotated back before its rope positions reach the step. With half of them, no key
+        is rotated more than once or twice, and a stream is found in the prefix cache again.
+        """
+        return Bound(
+            most=self.positions,
+            default=(self.positions + 1) // 2,
+            name=f"the positions before the first at which queries are scaled ({self.setting})",
+        )
+
+    def note(self) -> str:
+        return (
+            f"rope positions stay below {self.positions}, from where on the model scales its "
+            f"queries ({self.setting}): up to there --max-model-len may be, and windows are "
+            f"rotated back the more often"
+        )
+
+
+def _is_tuned(model_config: "ModelConfig", default: bool) -> bool:
+    """Whether vLLM tunes the temperature of Llama 4; the model's own configuration has no say."""
+    generation = model_config.try_get_generation_config() | model_config.override_generation_config
+    return bool(generation.get("attn_temperature_tuning", default))
+
+
+def rope_positions(model_config: "ModelConfig") -> int | None:
+    """Rope positions that a stream may have, whatever the tables hold; ``None`` for any number."""
+    temperature = Temperature.of(model_config)
+    return None if temperature is None else temperature.positions
+
+
 def bound_of(model_config: "ModelConfig") -> Bound:
     """Of the capacity of a model.
 
@@ -65,6 +137,19 @@ def bound_of(model_config: "ModelConfig") -> Bound:
 
 def _bounds(model_config: "ModelConfig") -> Iterator[Bound]:
     text = model_config.hf_text_config
+    if hasattr(text, "attn_temperature_tuning") and not _is_tuned(model_config, False):
+        # Caches of up to this length are not tuned unless somebody asks for it.
+        most = max(_TUNED_LENGTH - 1, Temperature.of_llama_4(text).positions)
+        name = f"the length up to which vLLM tunes no temperature of Llama 4 ({_TUNED_LENGTH})"
+        yield Bound(most=most, default=most, name=name)
+    else:
+        temperature = Temperature.of(model_config)
+        if temperature is not None:
+            yield temperature.bound
+    chunk = attention_chunk(model_config)
+    if chunk is not None:
+        name = f"one chunk of its attention (attention_chunk_size={chunk})"
+        yield Bound(most=chunk, default=chunk, name=name)
     if any(parameters.get("rope_type") == "dynamic" for parameters in rope_parameters(text)):
         # vLLM takes the length times the factor for the trained one, and makes no more rows.
         rows: int = text.max_position_embeddings
@@ -74,8 +159,14 @@ def _bounds(model_config: "ModelConfig") -> Iterator[Bound]:
 
 def notes_of(model_config: "ModelConfig", capacity: int) -> list[str]:
     """What a user who reads the log of a start should know of the positions of a model."""
-    long_rope = LongRope.of(model_config)
-    return [] if long_rope is None else [long_rope.note(capacity)]
+    long_rope, temperature = LongRope.of(model_config), Temperature.of(model_config)
+    notes = [] if long_rope is None else [long_rope.note(capacity)]
+    return notes if temperature is None else [*notes, temperature.note()]
+
+
+def attention_chunk(model_config: "ModelConfig") -> int | None:
+    """Tokens in a chunk of the text, which some layers see alone; all of the cache, if it fits."""
+    return getattr(model_config.hf_text_config, "attention_chunk_size", None) or None
 
 
 def rope_parameters(text_config: Any) -> list[dict[str, Any]]:

@@ -143,7 +143,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "chunked attention",
-        "chunked, dual-chunk or reference-window attention",
+        "dual-chunk, reference-window or other attention to a part of the text",
         lambda f: f.chunked_attention,
         "what a token sees depends on where it is in the text, not only on what is how far back",
         _OTHER_MODEL,
@@ -188,9 +188,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "position-scaled attention",
-        "queries that are scaled by their absolute position",
+        "queries that are scaled by their absolute position, from an unknown one on",
         lambda f: f.position_scaled_attention,
-        "positions inside the cache are not the positions of the text",
+        "positions in the cache are not those of the text, but where queries are not scaled yet",
         _OTHER_MODEL,
     ),
     Refusal(

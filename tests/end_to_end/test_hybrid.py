@@ -11,7 +11,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    RSWASpec,
+    SlidingWindowSpec,
+)
 
 from benchmarks.gpu.pages import Backend
 from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec, under_policy
@@ -239,6 +244,7 @@ def test_layers_of_all_windows_share_one_group_of_pages() -> None:
             # Such layers may come with pages of another size.
             (SlidingWindowSpec(block_size=16, sliding_window=24, **SHAPE), 256),
             (SlidingWindowSpec(block_size=32, sliding_window=48, **SHAPE), None),
+            (ChunkedLocalAttentionSpec(block_size=16, attention_chunk_size=64, **SHAPE), 320),
         )
     ]
     ours = [spec for spec in specs if isinstance(spec, StreamingLLMSpec)]
@@ -247,6 +253,21 @@ def test_layers_of_all_windows_share_one_group_of_pages() -> None:
     merged = StreamingLLMSpec.merge(ours)
 
     assert (merged.block_size, merged.rope_rows, merged.window) == (32, 256, 28)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "sentence"),
+    [
+        (32, r"^attention_chunk_size=32 is less than the capacity of 64 .*--max-model-len 32\.$"),
+        (80, r"^attention_chunk_size=80 is not a multiple of the 32 tokens .*--block-size\.$"),
+    ],
+)
+def test_chunks_hold_the_cache_in_whole_pages(chunk: int, sentence: str) -> None:
+    spec = ChunkedLocalAttentionSpec(block_size=32, attention_chunk_size=chunk, **SHAPE)
+    config = SinkConfig.resolve(SinkOptions(sink_window=28), block_size=32, bound=Bound.of(1024))
+
+    with pytest.raises(ValueError, match=sentence):
+        under_policy(spec, config, 256, 32)
 
 
 def test_windows_that_never_reach_the_sinks_have_tables_of_their_own() -> None:

@@ -47,8 +47,8 @@ CASES: dict[str, tuple[Facts, str]] = {
     ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "chunked attention": (
-        Facts(chunked_attention="attention_chunk_size=8192"),
-        "attention_chunk_size=8192",
+        Facts(chunked_attention="rswa_window=128"),
+        "rswa_window=128",
     ),
     "unequal layers": (Facts(unequal_layers=True), "LlamaForCausalLM"),
     "shared KV layers": (Facts(shared_kv_layers=10), "10"),

@@ -397,10 +397,14 @@ def test_settings_that_contradict_the_policy(
     ("changes", "what"),
     [
         ({"rope_parameters": {"rope_type": "default", "use_fope": True}}, "RoPE scaling"),
-        ({"attention_chunk_size": 64}, "attention_chunk_size=64"),
+        ({"rswa_window": 64}, "rswa_window=64"),
         (
             {"layer_types": ["full_attention", "chunked_attention"]},
             "layer_types: chunked_attention",
+        ),
+        (
+            {"layer_types": ["full_attention", "window_attention"]},
+            "layer_types: window_attention",
         ),
         ({"num_kv_shared_layers": 1}, "read another layer's KV cache yet (1)"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),

@@ -32,6 +32,8 @@ def longrope(original: int, partial_rotary_factor: float = 1.0) -> dict[str, Any
     }
 
 
+TEMPERATURE = 128
+"""Positions before queries are scaled: twice the cache, half of the table it would have."""
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
 GPT2_NAMES = {
     "n_embd": HIDDEN,
@@ -74,6 +76,22 @@ FAMILIES = (
         model="Mistral",
         special="GQA, no sliding window",
         settings={"sliding_window": None},
+    ),
+    Family(
+        name="Ministral 3",
+        model="Ministral3",
+        special="queries scaled by their position, yarn scaling",
+        settings=rope(
+            "yarn",
+            factor=2.0,
+            original_max_position_embeddings=TEMPERATURE,
+            llama_4_scaling_beta=2.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        )
+        # vLLM reads it under the name of Mistral's own format only.
+        | {"llama_4_scaling": {"beta": 2.0, "original_max_position_embeddings": TEMPERATURE}}
+        | {"max_position_embeddings": 2 * TEMPERATURE},
     ),
     Family(
         name="Mixtral",

@@ -30,6 +30,8 @@ class Family:
     """What this row is in the table for."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the configuration, on top of the common ones."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Of the generation configuration, on top of special tokens."""
     positions: str = "rope"
     backend: str = "vLLM"
     """Whose model code vLLM 0.32 runs: its own, that of transformers, or this project's."""
@@ -71,7 +73,9 @@ def write_family(folder: Path, family: Family) -> Path:
     config = config_of(family)
     model = family.model_class(config).float()
     _fill(model, family)
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **family.generation
+    )
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder

@@ -80,6 +80,8 @@ class _Rotary:
     """Stands in for a module's ``apply_rotary_pos_emb`` while its model runs."""
 
     function = "apply_rotary_pos_emb"
+    tokens = 2
+    """Which dimension of its arguments they are."""
 
     def __init__(self, model: Any, capacity: int) -> None:
         self.module = sys.modules[type(model).__module__]
@@ -115,7 +117,8 @@ class _Rotary:
     def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
         assert self.original is not None
         part = keys[..., :size]
-        rotated = self.original(part, part, *self._angles_of(layer, keys.shape[2]))[1]
+        tokens = keys.shape[self.tokens]
+        rotated = self.original(part, part, *self._angles_of(layer, tokens))[1]
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
     def _angles_of(self, layer: int, n: int) -> list[torch.Tensor]:
@@ -146,10 +149,19 @@ class _RotaryGPTJ(_Rotary):
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
 
-class _RotaryDeepseekV2(_Rotary):
+class _RotaryComplex(_Rotary):
     """Angles are complex numbers."""
 
     function = "apply_rotary_emb"
+
+
+class _RotaryLlama4(_RotaryComplex):
+    """The same, with heads and tokens swapped. Keys are normalised, by their length, afterwards."""
+
+    tokens = 1
+
+    def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
+        return super()._by_index(keys.transpose(1, 2), layer, size).transpose(1, 2)
 
 
 class _RotaryDeepseekV3(_Rotary):
@@ -160,8 +172,9 @@ class _RotaryDeepseekV3(_Rotary):
 
 _ROTARIES = {
     "gptj": _RotaryGPTJ,
-    "deepseek_v2": _RotaryDeepseekV2,
+    "deepseek_v2": _RotaryComplex,
     "deepseek_v3": _RotaryDeepseekV3,
+    "llama4_text": _RotaryLlama4,
 }
 
 

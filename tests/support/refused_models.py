@@ -35,5 +35,4 @@ REFUSED = (
         config="DeepseekV3Config",
         row="MLA without RoPE scaling",
     ),
-    Refused(name="Llama 4", config="Llama4TextConfig", row="chunked attention"),
 )
