@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -143,6 +144,30 @@ def under_policy(
     if type(spec) is SlidingWindowSpec and spec.sliding_window <= config.native_window:
         return replace_as(spec, StreamingLLMWindowSpec, block_size=block_size)
     return wrapper.wrap(spec, config, rope_rows, block_size)
+
+
+def check_pages(specs: Mapping[str, KVCacheSpec]) -> None:
+    """Refuse layers whose pages differ in size: vLLM gives the smaller ones more tokens per page.
+
+    Then pages of several tables would no longer stand for the same tokens.
+
+    Args:
+        specs: by layer, under the policy.
+
+    Raises:
+        ValueError: names two layers and their sizes.
+    """
+    sizes: dict[int, str] = {}
+    for name, spec in specs.items():
+        if isinstance(spec, (StreamingLLMSpec, StreamingLLMWindowSpec)):
+            sizes.setdefault(spec.page_size_bytes, name)
+    if len(sizes) > 1:
+        (one, first), (other, second) = list(sizes.items())[:2]
+        raise ValueError(
+            f"{first} has pages of {one} bytes and {second} has pages of {other}: attention layers "
+            f"that differ in shape do not share tables of pages yet; serve this model with "
+            f"--kv-policy full."
+        )
 
 
 def _check_chunk(chunk: int, capacity: int, block_size: int) -> None:

@@ -6,6 +6,8 @@ No decision is made here. Imports vLLM only inside the functions that read.
 import os
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sink_vllm.gate.lengths import Temperature, rope_parameters
@@ -35,7 +37,8 @@ class Facts:
     # The model.
     architecture: str = "LlamaForCausalLM"
     positions: str = "rope"
-    """``rope``, ``alibi`` or ``other`` (learned absolute embeddings, or nothing we recognise)."""
+    """``rope``, ``alibi``, ``none``, or ``other`` (learned absolute embeddings, or nothing we
+    recognise)."""
     rope_types: tuple[str, ...] = ("default",)
     transformers_backend: bool = False
     """Whether vLLM runs the model code of transformers."""
@@ -51,6 +54,11 @@ class Facts:
     unequal_layers: bool = False
     shared_kv_layers: int = 0
     mla: bool = False
+    hidden_latents: str | None = None
+    """The setting by which keys are of low rank, though vLLM manages no latents."""
+    static_sinks: str | None = None
+    """The setting by which the model puts keys of its own into the cache."""
+    prefix_lm: bool = False
     sparse_attention: bool = False
     bidirectional: bool = False
     diffusion: bool = False
@@ -137,9 +145,12 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "multimodal": model_config.is_multimodal_model,
         "mrope": model_config.uses_mrope,
         "chunked_attention": _chunked_attention(text),
-        "unequal_layers": architecture.per_layer_overrides is not None,
+        "unequal_layers": architecture.per_layer_overrides is not None or _has_other_layers(text),
         "shared_kv_layers": getattr(text, "num_kv_shared_layers", 0) or 0,
         "mla": model_config.use_mla,
+        "hidden_latents": None if model_config.use_mla else _setting(text, ("kv_lora_rank",)),
+        "static_sinks": _setting(text, ("param_sink_number",)),
+        "prefix_lm": getattr(text, "prefix_lm", None) is not None,
         "sparse_attention": _setting(text, _SPARSE_ATTENTION_SETTINGS) is not None,
         "bidirectional": model_config.is_mm_prefix_lm or not getattr(text, "is_causal", True),
         "diffusion": model_config.is_diffusion,
@@ -165,17 +176,50 @@ def _rope_type(parameters: dict[str, Any]) -> str:
 
 
 def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
-    """How the model knows positions, as far as its configuration tells.
+    """How the model knows positions, as far as its configuration and its code tell.
 
     Models with learned absolute embeddings (GPT-2, OPT, GPTBigCode, ...) have none of the rotary
-    settings. Whatever is not recognised counts as ``other`` and is refused; the workers' start-up
-    self-test is the second net, for a configuration that promises RoPE and does something else.
+    settings, and neither have those without any positions (NoPE), whose order comes from recurrent
+    layers. Whatever is not recognised counts as ``other`` and is refused; the workers' start-up
+    self-test is the second net, for a configuration that promises one thing and does another.
     """
+    text = model_config.hf_text_config
+    recurrent = model_config.is_hybrid or model_config.has_inner_state
+    named = getattr(text, "position_embedding_type", "")
     if model_config.uses_alibi:
         return "alibi"
-    if rope or _setting(model_config.hf_text_config, _LEGACY_ROPE_SETTINGS) is not None:
+    if named == "nope" or (recurrent and named is None):  # beside rotary settings without effect
+        return "none"
+    if rope or _setting(text, _LEGACY_ROPE_SETTINGS) is not None or _rotates(model_config):
         return "rope"
-    return "other"
+    return "none" if recurrent else "other"
+
+
+def _rotates(model_config: "ModelConfig") -> bool:
+    """Whether vLLM's code of the model makes rotary modules, whatever its configuration names."""
+    from vllm.model_executor.models import ModelRegistry
+
+    # Read and not imported: models may ask for packages, and for a GPU.
+    module = getattr(ModelRegistry.models.get(model_config.architecture), "module_name", None)
+    spec = None if module is None else find_spec(module)
+    if spec is None or spec.origin is None:
+        return False
+    return "get_rope(" in Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _has_other_layers(text_config: Any) -> bool:
+    """Whether layers with a sliding window have keys and values of another shape than others.
+
+    The names are those of MiMo V2 and of Step 3.5.
+    """
+    named: dict[str, Any] = getattr(text_config, "attention_other_setting", None) or {}
+    others = {name: named.get(name) for name in ("num_attention_groups", "head_dim")}
+    for name in ("num_key_value_heads", "head_dim", "v_head_dim"):
+        others[name] = getattr(text_config, f"swa_{name}", None) or others.get(name)
+    return any(
+        value is not None and value != getattr(text_config, name, None)
+        for name, value in others.items()
+    )
 
 
 def _position_scaled_attention(

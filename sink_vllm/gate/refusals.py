@@ -135,6 +135,27 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_PLATFORM,
     ),
     Refusal(
+        "hidden latents",
+        "keys of low rank where vLLM manages no latent attention",
+        lambda f: f.hidden_latents,
+        "only a part of such a key is rotated, and which one is not known",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "static sinks",
+        "keys that a model adds to the cache in front of all tokens",
+        lambda f: f.static_sinks,
+        "they would be in pages that no token belongs to",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "prefix language models",
+        "prompts that are read in both directions",
+        lambda f: _if(f.prefix_lm, f.architecture),
+        "a prompt that is longer than the cache cannot be seen as a whole",
+        _OTHER_MODEL,
+    ),
+    Refusal(
         "sparse attention",
         "sparse attention",
         lambda f: _if(f.sparse_attention, f.architecture),

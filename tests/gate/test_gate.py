@@ -45,6 +45,12 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),
         "DeepseekV3ForCausalLM",
     ),
+    "hidden latents": (Facts(hidden_latents="kv_lora_rank=512"), "kv_lora_rank=512"),
+    "static sinks": (Facts(static_sinks="param_sink_number=128"), "param_sink_number=128"),
+    "prefix language models": (
+        Facts(prefix_lm=True, architecture="HrmTextForCausalLM"),
+        "HrmTextForCausalLM",
+    ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "chunked attention": (
         Facts(chunked_attention="rswa_window=128"),
@@ -146,8 +152,10 @@ def test_latent_attention_is_accepted_on_cpus() -> None:
     assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
 
 
-def test_alibi_is_accepted() -> None:
-    assert reason(Facts(positions="alibi", rope_types=())) is None
+@pytest.mark.parametrize("positions", ["alibi", "none"])
+def test_positions_that_are_in_no_key_are_accepted(positions: str) -> None:
+    """ALiBi counts tokens of the cache; who has no positions (NoPE) has nothing to move."""
+    assert reason(Facts(positions=positions, rope_types=())) is None
 
 
 @pytest.mark.parametrize("dtype", PLAIN_KV_DTYPES)

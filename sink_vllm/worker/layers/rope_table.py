@@ -30,4 +30,4 @@ def extend_rope_tables(
     for rotation in {id(one.rotation): one.rotation for one in layers if one.rotation}.values():
         rotation.extend(TABLE_CAPACITIES * capacity, exact_from=capacity)
         if most is not None:
-            rotation.table_rows = min(rotation.table_rows, most)
+            rotation.limit(most)

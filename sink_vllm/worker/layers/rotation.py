@@ -155,6 +155,10 @@ class Rotation:
         for key in [key for key, module in _ROPE_DICT.items() if module is self.rotary]:
             del _ROPE_DICT[key]
 
+    def limit(self, rows: int) -> None:
+        """Let no rope position be ``rows`` or more, whatever the table holds."""
+        self.table_rows = min(self.table_rows, rows)
+
     def _read_table(self) -> torch.Tensor:
         """The rows ``[cos | sin]`` that the module has for rope positions, from 0 on."""
         table = self.rotary.cos_sin_cache
