@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
     MLAAttentionSpec,
@@ -52,11 +54,12 @@ class StreamingLLMSpec(FullAttentionSpec):
 
         The spec of a layer with a sliding window of its own says nothing of it afterwards: its
         pages are those of the stream, and its attention kernel takes the window from the layer.
+        So does that of a layer that sees chunks.
         """
         plain = replace_as(
             spec,
             cls.plain,
-            drop=("sliding_window", "extra_retained_tokens"),
+            drop=("sliding_window", "extra_retained_tokens", "attention_chunk_size"),
             block_size=block_size,
         )
         return cls(
@@ -117,6 +120,7 @@ class StreamingLLMWindowSpec(SlidingWindowSpec):
 _WRAPPERS: dict[type[KVCacheSpec], type[StreamingLLMSpec]] = {
     FullAttentionSpec: StreamingLLMSpec,
     SlidingWindowSpec: StreamingLLMSpec,
+    ChunkedLocalAttentionSpec: StreamingLLMSpec,
     MLAAttentionSpec: StreamingLLMLatentSpec,
 }
 """By exact type: a subclass may manage its pages in any way."""
@@ -125,14 +129,59 @@ _WRAPPERS: dict[type[KVCacheSpec], type[StreamingLLMSpec]] = {
 def under_policy(
     spec: KVCacheSpec, config: SinkConfig, rope_rows: int | None, block_size: int
 ) -> KVCacheSpec:
-    """``spec`` of a layer under the policy; as it is if the policy does not know such layers."""
+    """``spec`` of a layer under the policy; as it is if the policy does not know such layers.
+
+    Raises:
+        ValueError: the cache is longer than the chunks that the layer sees, or they do not end
+            with a page.
+    """
     wrapper = _WRAPPERS.get(type(spec))
     if wrapper is None:
         return spec
     assert isinstance(spec, AttentionSpec)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        _check_chunk(spec.attention_chunk_size, config.capacity, block_size)
     if type(spec) is SlidingWindowSpec and spec.sliding_window <= config.native_window:
         return replace_as(spec, StreamingLLMWindowSpec, block_size=block_size)
     return wrapper.wrap(spec, config, rope_rows, block_size)
+
+
+def check_pages(specs: Mapping[str, KVCacheSpec]) -> None:
+    """Refuse layers whose pages differ in size: vLLM gives the smaller ones more tokens per page.
+
+    Then pages of several tables would no longer stand for the same tokens.
+
+    Args:
+        specs: by layer, under the policy.
+
+    Raises:
+        ValueError: names two layers and their sizes.
+    """
+    sizes: dict[int, str] = {}
+    for name, spec in specs.items():
+        if isinstance(spec, (StreamingLLMSpec, StreamingLLMWindowSpec)):
+            sizes.setdefault(spec.page_size_bytes, name)
+    if len(sizes) > 1:
+        (one, first), (other, second) = list(sizes.items())[:2]
+        raise ValueError(
+            f"{first} has pages of {one} bytes and {second} has pages of {other}: attention layers "
+            f"that differ in shape do not share tables of pages yet; serve this model with "
+            f"--kv-policy full."
+        )
+
+
+def _check_chunk(chunk: int, capacity: int, block_size: int) -> None:
+    """Within its first chunk such a layer sees everything; vLLM cuts the page table into chunks."""
+    if capacity > chunk:
+        raise ValueError(
+            f"attention_chunk_size={chunk} is less than the capacity of {capacity} tokens, so what "
+            f"a token sees would depend on where chunks begin; use --max-model-len {chunk}."
+        )
+    if chunk % block_size:
+        raise ValueError(
+            f"attention_chunk_size={chunk} is not a multiple of the {block_size} tokens of a KV "
+            f"block, which vLLM's chunked attention asks for; use another --block-size."
+        )
 
 
 def _fields_of(spec: FullAttentionSpec) -> dict[str, Any]:

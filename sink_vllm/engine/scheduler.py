@@ -30,6 +30,7 @@ from sink_vllm.engine.ledger import IntegrityError
 from sink_vllm.engine.output_tail import forget_evicted
 from sink_vllm.engine.reasoning import decide_reasoning
 from sink_vllm.engine.stream import Stream
+from sink_vllm.gate.lengths import notes_of
 from sink_vllm.policy.plan import Refresh, StepPlan
 from sink_vllm.policy.report import with_account
 
@@ -67,6 +68,8 @@ class StreamingLLMMixin(AdmittingMixin):
             # One page of the pool is vLLM's null block.
             (self.kv_cache_config.num_blocks - 1) // per_stream,
         )
+        for note in notes_of(self.vllm_config.model_config, spec.schedule.capacity):
+            logger.info("StreamingLLM: %s.", note)
 
     # -- requests come and go ---------------------------------------------------------------
 

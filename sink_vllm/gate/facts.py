@@ -6,27 +6,28 @@ No decision is made here. Imports vLLM only inside the functions that read.
 import os
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sink_vllm.gate.lengths import Temperature, rope_parameters
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 # How configurations that predate ``rope_parameters`` show that their model rotates.
 _LEGACY_ROPE_SETTINGS = ("rope_theta", "rotary_dim", "rotary_emb_base", "rope_ratio")
-# The names ``layer_types`` uses for attention over everything, and over the last tokens.
-_STREAMING_ATTENTION = ("attention", "full_attention", "sliding_attention")
-_CHUNKED_ATTENTION_SETTINGS = (
-    "attention_chunk_size",
-    "dual_chunk_attention_config",
-    "rswa_window",
+# What ``layer_types`` calls attention over everything, over the last tokens, over one chunk (of a
+# size that bounds the capacity); and layers that have no other attention than these, or none.
+_STREAMING_LAYERS = (
+    *("attention", "full_attention", "sliding_attention", "chunked_attention"),
+    *("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"),
+    *("mlp", "moe", "dense", "sparse"),
 )
+_CHUNKED_ATTENTION_SETTINGS = ("dual_chunk_attention_config", "rswa_window")
 _SPARSE_ATTENTION_SETTINGS = ("index_topk", "sparse_attention_config", "sparse_attn_config")
-_POSITION_SCALING_SETTINGS = (
-    "attn_temperature_tuning",
-    "llama_4_scaling",
-    "llama_4_scaling_beta",
-    "use_logn_attn",
-)
+_POSITION_SCALING_SETTINGS = ("llama_4_scaling", "llama_4_scaling_beta", "use_logn_attn")
+"""Of which ``Temperature`` knows the first step, or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +37,11 @@ class Facts:
     # The model.
     architecture: str = "LlamaForCausalLM"
     positions: str = "rope"
-    """``rope``, ``alibi`` or ``other`` (learned absolute embeddings, or nothing we recognise)."""
+    """``rope``, ``alibi``, ``none``, or ``other`` (learned absolute embeddings, or nothing we
+    recognise)."""
     rope_types: tuple[str, ...] = ("default",)
+    transformers_backend: bool = False
+    """Whether vLLM runs the model code of transformers."""
     runner: str = "generate"
     encoder_decoder: bool = False
     attention_free: bool = False
@@ -47,15 +51,21 @@ class Facts:
     foreign_mrope: str | None = None
     """Positions in sections (M-RoPE), and not as vLLM's own classes give three of them to text."""
     chunked_attention: str | None = None
-    """The setting by which some layers see neither everything nor just the last tokens."""
+    """The setting by which some layers see neither everything nor just the last tokens of a cache,
+    however short it is."""
     unequal_layers: bool = False
     shared_kv_layers: int = 0
     mla: bool = False
+    hidden_latents: str | None = None
+    """The setting by which keys are of low rank, though vLLM manages no latents."""
+    static_sinks: str | None = None
+    """The setting by which the model puts keys of its own into the cache."""
+    prefix_lm: bool = False
     sparse_attention: bool = False
     bidirectional: bool = False
     diffusion: bool = False
     position_scaled_attention: str | None = None
-    """The setting that scales queries by their absolute position."""
+    """The setting that scales queries by their absolute position, nobody knows from which on."""
     prompt_embeds: bool = False
     custom_logits_processors: str | None = None
     """The option that names some, or the installed plugin that brings some."""
@@ -124,11 +134,12 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
     """The part of :class:`Facts` that the model alone decides, by field name."""
     text = model_config.hf_text_config
     architecture = model_config.model_arch_config
-    rope = _rope_parameters(text)
+    rope = rope_parameters(text)
     return {
         "architecture": model_config.architecture,
         "positions": _positions(model_config, rope),
         "rope_types": tuple(sorted({_rope_type(parameters) for parameters in rope})),
+        "transformers_backend": model_config.using_transformers_backend(),
         "runner": model_config.runner_type,
         "encoder_decoder": model_config.is_encoder_decoder,
         "attention_free": model_config.is_attention_free,
@@ -136,16 +147,18 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "multimodal": model_config.supports_multimodal_inputs,
         "foreign_mrope": _foreign_mrope(model_config),
         "chunked_attention": _chunked_attention(text),
-        "unequal_layers": architecture.per_layer_overrides is not None,
+        "unequal_layers": architecture.per_layer_overrides is not None or _has_other_layers(text),
         "shared_kv_layers": getattr(text, "num_kv_shared_layers", 0) or 0,
         "mla": model_config.use_mla,
+        "hidden_latents": None if model_config.use_mla else _setting(text, ("kv_lora_rank",)),
+        "static_sinks": _setting(text, ("param_sink_number",)),
+        "prefix_lm": getattr(text, "prefix_lm", None) is not None,
         "sparse_attention": _setting(text, _SPARSE_ATTENTION_SETTINGS) is not None,
         # Attention in both directions over images alone ends with the images.
         "bidirectional": not getattr(text, "is_causal", True)
         or (model_config.is_mm_prefix_lm and not model_config.supports_multimodal_inputs),
         "diffusion": model_config.is_diffusion,
-        "position_scaled_attention": _setting(text, _POSITION_SCALING_SETTINGS)
-        or next(filter(None, (_setting(p, _POSITION_SCALING_SETTINGS) for p in rope)), None),
+        "position_scaled_attention": _position_scaled_attention(model_config, rope),
         "prompt_embeds": model_config.enable_prompt_embeds,
         "custom_logits_processors": _custom_logits_processors(model_config),
     }
@@ -161,30 +174,67 @@ def _custom_logits_processors(model_config: "ModelConfig") -> str | None:
     return None if plugin is None else f"the installed plugin {plugin.name!r}"
 
 
-def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a model, one dictionary per kind of layer."""
-    from vllm.transformers_utils.config import iter_rope_parameters
-
-    return list(iter_rope_parameters(text_config))
-
-
 def _rope_type(parameters: dict[str, Any]) -> str:
     # Fourier position embeddings call themselves "default" in vLLM's rope_type.
     return "fope" if parameters.get("use_fope") else str(parameters.get("rope_type", "default"))
 
 
 def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
-    """How the model knows positions, as far as its configuration tells.
+    """How the model knows positions, as far as its configuration and its code tell.
 
     Models with learned absolute embeddings (GPT-2, OPT, GPTBigCode, ...) have none of the rotary
-    settings. Whatever is not recognised counts as ``other`` and is refused; the workers' start-up
-    self-test is the second net, for a configuration that promises RoPE and does something else.
+    settings, and neither have those without any positions (NoPE), whose order comes from recurrent
+    layers. Whatever is not recognised counts as ``other`` and is refused; the workers' start-up
+    self-test is the second net, for a configuration that promises one thing and does another.
     """
+    text = model_config.hf_text_config
+    recurrent = model_config.is_hybrid or model_config.has_inner_state
+    named = getattr(text, "position_embedding_type", "")
     if model_config.uses_alibi:
         return "alibi"
-    if rope or _setting(model_config.hf_text_config, _LEGACY_ROPE_SETTINGS) is not None:
+    if named == "nope" or (recurrent and named is None):  # beside rotary settings without effect
+        return "none"
+    if rope or _setting(text, _LEGACY_ROPE_SETTINGS) is not None or _rotates(model_config):
         return "rope"
-    return "other"
+    return "none" if recurrent else "other"
+
+
+def _rotates(model_config: "ModelConfig") -> bool:
+    """Whether vLLM's code of the model makes rotary modules, whatever its configuration names."""
+    from vllm.model_executor.models import ModelRegistry
+
+    # Read and not imported: models may ask for packages, and for a GPU.
+    module = getattr(ModelRegistry.models.get(model_config.architecture), "module_name", None)
+    spec = None if module is None else find_spec(module)
+    if spec is None or spec.origin is None:
+        return False
+    return "get_rope(" in Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _has_other_layers(text_config: Any) -> bool:
+    """Whether layers with a sliding window have keys and values of another shape than others.
+
+    The names are those of MiMo V2 and of Step 3.5.
+    """
+    named: dict[str, Any] = getattr(text_config, "attention_other_setting", None) or {}
+    others = {name: named.get(name) for name in ("num_attention_groups", "head_dim")}
+    for name in ("num_key_value_heads", "head_dim", "v_head_dim"):
+        others[name] = getattr(text_config, f"swa_{name}", None) or others.get(name)
+    return any(
+        value is not None and value != getattr(text_config, name, None)
+        for name, value in others.items()
+    )
+
+
+def _position_scaled_attention(
+    model_config: "ModelConfig", rope: list[dict[str, Any]]
+) -> str | None:
+    if Temperature.of(model_config) is not None:
+        return None
+    settings = (_setting(one, _POSITION_SCALING_SETTINGS) for one in rope)
+    return _setting(model_config.hf_text_config, _POSITION_SCALING_SETTINGS) or next(
+        filter(None, settings), None
+    )
 
 
 def _foreign_mrope(model_config: "ModelConfig") -> str | None:
@@ -200,7 +250,10 @@ def _chunked_attention(text_config: Any) -> str | None:
     setting = _setting(text_config, _CHUNKED_ATTENTION_SETTINGS)
     if setting is not None:
         return setting
-    other = set(getattr(text_config, "layer_types", None) or ()) - set(_STREAMING_ATTENTION)
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    other = kinds - set(_STREAMING_LAYERS)
+    if "chunked_attention" in kinds and not getattr(text_config, "attention_chunk_size", None):
+        other.add("chunked_attention")  # nobody knows of which size
     return f"layer_types: {', '.join(sorted(other))}" if other else None
 
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 from sink_vllm.gate.facts import Facts
 
-KNOWN_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+KNOWN_ROPE_TYPES = (
+    "default",
+    "dynamic",
+    "linear",
+    "llama3",
+    "longrope",
+    "ntk",
+    "proportional",
+    "yarn",
+)
+ROPE_TYPES_OF_LENGTH = ("dynamic", "longrope")
+"""vLLM's own modules choose frequencies once; those of transformers by the positions of a step."""
 PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FP8_KV_DTYPES = ("fp8", "fp8_e4m3")
 """One scale for all keys of a layer or of a head: it cancels when a key is rotated."""
@@ -110,6 +121,27 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_PLATFORM,
     ),
     Refusal(
+        "hidden latents",
+        "keys of low rank where vLLM manages no latent attention",
+        lambda f: f.hidden_latents,
+        "only a part of such a key is rotated, and which one is not known",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "static sinks",
+        "keys that a model adds to the cache in front of all tokens",
+        lambda f: f.static_sinks,
+        "they would be in pages that no token belongs to",
+        _OTHER_MODEL,
+    ),
+    Refusal(
+        "prefix language models",
+        "prompts that are read in both directions",
+        lambda f: _if(f.prefix_lm, f.architecture),
+        "a prompt that is longer than the cache cannot be seen as a whole",
+        _OTHER_MODEL,
+    ),
+    Refusal(
         "sparse attention",
         "sparse attention",
         lambda f: _if(f.sparse_attention, f.architecture),
@@ -118,7 +150,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "chunked attention",
-        "chunked, dual-chunk or reference-window attention",
+        "dual-chunk, reference-window or other attention to a part of the text",
         lambda f: f.chunked_attention,
         "what a token sees depends on where it is in the text, not only on what is how far back",
         _OTHER_MODEL,
@@ -149,14 +181,23 @@ REFUSALS: tuple[Refusal, ...] = (
         "RoPE scaling",
         "RoPE scaling other than " + ", ".join(KNOWN_ROPE_TYPES),
         lambda f: [t for t in f.rope_types if t not in KNOWN_ROPE_TYPES],
-        "frequencies that depend on the length cannot rotate a key by a difference of positions",
+        "rotations by two positions may not add up to one, and then no cached key can be moved",
         "use a checkpoint with one of these scalings, or --kv-policy full",
     ),
     Refusal(
+        "RoPE of transformers that depends on the length",
+        "RoPE scaling that depends on the length, in models that transformers implements",
+        lambda f: _if(
+            f.transformers_backend, [t for t in f.rope_types if t in ROPE_TYPES_OF_LENGTH]
+        ),
+        "transformers changes the frequencies when positions pass the original length",
+        _OTHER_MODEL,
+    ),
+    Refusal(
         "position-scaled attention",
-        "queries that are scaled by their absolute position",
+        "queries that are scaled by their absolute position, from an unknown one on",
         lambda f: f.position_scaled_attention,
-        "positions inside the cache are not the positions of the text",
+        "positions in the cache are not those of the text, but where queries are not scaled yet",
         _OTHER_MODEL,
     ),
     Refusal(

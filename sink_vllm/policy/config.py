@@ -7,6 +7,7 @@ into ``additional_config``; every other process reads them there. Imports neithe
 from dataclasses import dataclass
 from typing import Any
 
+from sink_vllm.policy.bound import Bound
 from sink_vllm.policy.options import (
     DEFAULT_SINK_TOKENS,
     POLICY_KEY,
@@ -60,7 +61,7 @@ class SinkConfig:
         options: SinkOptions,
         *,
         block_size: int,
-        trained_len: int,
+        bound: Bound,
         max_model_len: int | None = None,
     ) -> "SinkConfig":
         """Fill in window and stride, and check every number against the others.
@@ -68,28 +69,24 @@ class SinkConfig:
         Args:
             options: what the user asked for.
             block_size: tokens per KV page.
-            trained_len: tokens the model was trained for (with its RoPE scaling).
+            bound: of the capacity: the length the model was trained for, or a shorter one.
             max_model_len: ``--max-model-len`` as given; the capacity when no window is given.
 
         Raises:
             ValueError: one sentence that names option, value, rule and way out.
         """
-        if max_model_len is not None and max_model_len > trained_len:
+        if max_model_len is not None and max_model_len > bound.most:
             raise ValueError(
-                f"--max-model-len={max_model_len} is above the {trained_len} tokens the model was "
-                f"trained for, and a stream never needs more cache than that; use "
-                f"{trained_len} or less."
+                f"--max-model-len={max_model_len} is above {bound.most}, {bound.name}; "
+                f"use {bound.most} or less."
             )
-        if max_model_len is None:
-            limit, limit_name = trained_len, "the length the model was trained for"
-        else:
-            limit, limit_name = max_model_len, "--max-model-len"
+        limit, limit_name = bound.limit(options.sink_window, max_model_len)
         sinks = options.sink_tokens
         basis = limit if options.sink_window is None else min(sinks + options.sink_window, limit)
         stride = options.sink_stride or _default_stride(basis, block_size)
         room = limit - sinks - stride
         if stride % block_size or room < 1:
-            raise ValueError(_no_window(options, stride, block_size, trained_len, max_model_len))
+            raise ValueError(_no_window(options, stride, block_size, bound, max_model_len))
         window = options.sink_window or room
         if window > room:
             raise ValueError(
@@ -147,15 +144,14 @@ class SinkConfig:
 
 
 def _no_window(
-    options: SinkOptions, stride: int, block_size: int, trained_len: int, max_model_len: int | None
+    options: SinkOptions, stride: int, block_size: int, bound: Bound, max_model_len: int | None
 ) -> str:
     """Why no window is left, or no whole stride: what to blame, and a value that helps.
 
     A number of ours, such as the default stride, is never the one to blame.
     """
     sinks = options.sink_tokens
-    limit = trained_len if max_model_len is None else max_model_len
-    source = "the length the model was trained for" if max_model_len is None else "--max-model-len"
+    limit, source = bound.limit(options.sink_window, max_model_len)
     blocks = (limit - sinks - 1) // block_size  # in the longest possible stride
     if options.sink_stride is not None and blocks > 0:
         if stride % block_size == 0:
@@ -172,15 +168,16 @@ def _no_window(
     if limit <= stride or stride % block_size:
         stride = block_size
     least = sinks + block_size + 1
-    if limit <= stride and least > trained_len:  # no --max-model-len is enough
-        limit, source = trained_len, "the length the model was trained for"
+    if limit <= stride and least > bound.most:  # no --max-model-len is enough
+        limit, source = bound.most, bound.name
     if sinks != DEFAULT_SINK_TOKENS and limit > stride:
         return (
             f"--sink-tokens={sinks} leaves no window beside a stride of {stride} in {limit} tokens "
             f"({source}); use {limit - stride - 1} or fewer."
         )
-    what = f"--max-model-len={limit}" if limit != trained_len else f"{limit} tokens ({source})"
-    way_out = f"{least} or more" if least <= trained_len else "--kv-policy full"
+    given = limit == max_model_len != bound.most
+    what = f"--max-model-len={limit}" if given else f"{limit} tokens ({source})"
+    way_out = f"{least} or more" if least <= bound.most else "--kv-policy full"
     return (
         f"{what} is no room for a window behind {sinks} sink tokens and a stride of one KV block "
         f"of {block_size} tokens; use {way_out}, or a smaller --block-size."

@@ -15,7 +15,9 @@ from sink_vllm.compat.parts import CPU_WORKER, GPU_WORKER, SCHEDULER, check_conf
 from sink_vllm.compat.patching import Patch
 from sink_vllm.gate.check import check
 from sink_vllm.gate.facts import Facts, facts_of, model_facts
+from sink_vllm.gate.lengths import bound_of
 from sink_vllm.gate.refused import Refused, refusals
+from sink_vllm.policy.bound import Bound
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import SinkOptions
 from sink_vllm.server.block_size import named_block_size, settled_block_size
@@ -43,7 +45,7 @@ def _wrap_create_engine_config(
             config = _resolve(self, options, model, settled)
             with _engine_settings(self, config, model):
                 vllm_config = original(self, *args, **kwargs)
-        _finish(vllm_config, config, model.trained_len)
+        _finish(vllm_config, config, model.longest)
         return vllm_config
 
     return create_engine_config
@@ -64,8 +66,10 @@ def _refuse_own_classes(engine_args: "EngineArgs") -> None:
 class _Model(NamedTuple):
     """What has to be known of a model before anything is decided."""
 
-    trained_len: int
-    """Tokens it was trained for."""
+    bound: Bound
+    """Of the capacity."""
+    longest: int
+    """The largest ``max_model_len`` that vLLM takes."""
     named_block_size: int | None
     """Tokens per KV page that vLLM is told; ``None`` where vLLM decides."""
 
@@ -89,10 +93,10 @@ def _look_at_model(engine_args: "EngineArgs", options: SinkOptions) -> _Model:
     probe.max_model_len = None  # type: ignore[assignment]
     model_config = probe.create_model_config()
     check(Facts(**model_facts(model_config)))
-    trained_len = model_config.max_model_len
-    limit = trained_len if given_len is None else given_len
+    bound = bound_of(model_config)
+    limit, _ = bound.limit(options.sink_window, given_len)
     named = named_block_size(engine_args.block_size, options, limit, model_config.use_mla)
-    return _Model(trained_len, named)
+    return _Model(bound, max(model_config.max_model_len, bound.most), named)
 
 
 def _resolve(
@@ -103,7 +107,7 @@ def _resolve(
         return SinkConfig.resolve(
             options,
             block_size=block_size,
-            trained_len=model.trained_len,
+            bound=model.bound,
             max_model_len=engine_args.max_model_len,
         )
 
@@ -119,7 +123,7 @@ def _engine_settings(
     from vllm.platforms import current_platform
 
     settings = {
-        "max_model_len": _given_len(config, model.trained_len),
+        "max_model_len": _given_len(config, model.longest),
         "block_size": model.named_block_size,
         "scheduler_cls": SCHEDULER,
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
@@ -135,12 +139,12 @@ def _engine_settings(
             setattr(engine_args, name, value)
 
 
-def _given_len(config: SinkConfig, trained_len: int) -> int:
+def _given_len(config: SinkConfig, longest: int) -> int:
     """vLLM takes no more than the trained length; ``_finish`` adds the last token."""
-    return min(config.max_model_len, trained_len)
+    return min(config.max_model_len, longest)
 
 
-def _finish(vllm_config: "VllmConfig", config: SinkConfig, trained_len: int) -> None:
+def _finish(vllm_config: "VllmConfig", config: SinkConfig, longest: int) -> None:
     """Refuse what only the finished configuration shows, and make it carry the plugin."""
     from sink_vllm.compat.shipping import ShippedConfig
     from sink_vllm.ray.choose import choose_executor
@@ -148,7 +152,7 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig, trained_len: int) -> 
     check(facts_of(vllm_config))
     # The workers will say the same; until then vLLM has its default there.
     vllm_config.cache_config.block_size = config.block_size
-    check_config(vllm_config, config, _given_len(config, trained_len))
+    check_config(vllm_config, config, _given_len(config, longest))
     # The cache holds capacity <= trained length tokens. The one more is room for the token that
     # has been sampled and evicts before it is computed: no untrained position is ever used.
     vllm_config.model_config.max_model_len = config.max_model_len

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
-from sink_vllm.compat.spec import under_policy
+from sink_vllm.compat.spec import check_pages, under_policy
+from sink_vllm.gate.lengths import rope_positions
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.worker.layers.attention import (
@@ -35,7 +36,8 @@ class StreamingLLMRunner(_Runner):
         super().load_model(*args, **kwargs)
         with refusals():
             self.attention_layers = attention_layers(self.get_model(), self.vllm_config)
-            extend_rope_tables(self.attention_layers, self._config.capacity)
+            most = rope_positions(self.vllm_config.model_config)
+            extend_rope_tables(self.attention_layers, self._config.capacity, most)
         self.page_scratch = Scratch(self.device)
 
     def reserve_scratch(self) -> None:
@@ -54,10 +56,13 @@ class StreamingLLMRunner(_Runner):
         """The model's specs, its attention layers under the policy."""
         config, rows = self._config, rope_rows(self.attention_layers)
         block_size = self.cache_config.block_size
-        return {
-            name: under_policy(spec, config, rows, block_size)
-            for name, spec in super().get_kv_cache_spec().items()
-        }
+        specs = super().get_kv_cache_spec()
+        with refusals():
+            ours = {
+                name: under_policy(spec, config, rows, block_size) for name, spec in specs.items()
+            }
+            check_pages(ours)
+        return ours
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any

@@ -350,6 +350,19 @@ def test_guard_rotary_modules_read_one_table() -> None:
     assert "return _ROPE_DICT[key]" in inspect.getsource(rotary_embedding.get_rope)
 
 
+def test_guard_longrope_reads_what_is_written() -> None:
+    """One buffer with the short table first, and one decision, read at every step."""
+    module = rotary_embedding.Phi3LongRoPEScaledRotaryEmbedding
+    made, step = inspect.getsource(module.__init__), inspect.getsource(module.forward)
+
+    assert set(re.findall(r'register_buffer\(\s*"(\w+)"', made)) == {"long_short_cos_sin_cache"}
+    assert "torch.cat([short_cache, long_cache], dim=0)" in made
+    assert "self.use_long_rope = max_model_len > original_max_position_embeddings" in made
+    assert "if self.use_long_rope:" in step
+    assert "k = self.original_max_position_embeddings" in step
+    assert "self.long_short_cos_sin_cache, 0, idx" in step
+
+
 def test_guard_attributes_survive_on_their_objects() -> None:
     """No slots, and steps keep them when they are sent to workers."""
     step = SchedulerOutput.make_empty()

@@ -11,12 +11,23 @@ from typing import Any, cast
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    RSWASpec,
+    SlidingWindowSpec,
+)
 
 from benchmarks.gpu.pages import Backend
-from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec, under_policy
+from sink_vllm.compat.spec import (
+    StreamingLLMSpec,
+    StreamingLLMWindowSpec,
+    check_pages,
+    under_policy,
+)
 from sink_vllm.engine.managers.streaming import StreamingLLMManager
 from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
+from sink_vllm.policy.bound import Bound
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import SinkOptions
 from sink_vllm.worker.layers.attention import AttentionLayer, check_windows
@@ -222,7 +233,10 @@ def test_flashinfer_serves_one_window(
 
 
 CONFIG = SinkConfig.resolve(
-    SinkOptions(sink_window=28, sink_stride=32), block_size=32, trained_len=1024, max_model_len=None
+    SinkOptions(sink_window=28, sink_stride=32),
+    block_size=32,
+    bound=Bound.of(1024),
+    max_model_len=None,
 )
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 
@@ -235,6 +249,7 @@ def test_layers_of_all_windows_share_one_group_of_pages() -> None:
             # Such layers may come with pages of another size.
             (SlidingWindowSpec(block_size=16, sliding_window=24, **SHAPE), 256),
             (SlidingWindowSpec(block_size=32, sliding_window=48, **SHAPE), None),
+            (ChunkedLocalAttentionSpec(block_size=16, attention_chunk_size=64, **SHAPE), 320),
         )
     ]
     ours = [spec for spec in specs if isinstance(spec, StreamingLLMSpec)]
@@ -243,6 +258,39 @@ def test_layers_of_all_windows_share_one_group_of_pages() -> None:
     merged = StreamingLLMSpec.merge(ours)
 
     assert (merged.block_size, merged.rope_rows, merged.window) == (32, 256, 28)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "sentence"),
+    [
+        (32, r"^attention_chunk_size=32 is less than the capacity of 64 .*--max-model-len 32\.$"),
+        (80, r"^attention_chunk_size=80 is not a multiple of the 32 tokens .*--block-size\.$"),
+    ],
+)
+def test_chunks_hold_the_cache_in_whole_pages(chunk: int, sentence: str) -> None:
+    spec = ChunkedLocalAttentionSpec(block_size=32, attention_chunk_size=chunk, **SHAPE)
+    config = SinkConfig.resolve(SinkOptions(sink_window=28), block_size=32, bound=Bound.of(1024))
+
+    with pytest.raises(ValueError, match=sentence):
+        under_policy(spec, config, 256, 32)
+
+
+@pytest.mark.parametrize("window", [24, 48], ids=["own table", "shared table"])
+def test_layers_of_unequal_shape_are_refused(window: int) -> None:
+    """With their layers named, and not as a matter of ``--block-size``."""
+    config = replace(CONFIG, native_window=25)
+    sliding = SlidingWindowSpec(block_size=32, sliding_window=window, **SHAPE)
+    specs = {
+        f"layers.{i}": under_policy(spec, config, 256, 32)
+        for i, spec in enumerate((FullAttentionSpec(block_size=32, **SHAPE), sliding))
+    }
+    check_pages(specs)
+    wider = replace(sliding, num_kv_heads=4)
+
+    with pytest.raises(
+        ValueError, match=r"^layers\.0 has pages of 16384 bytes and layers\.1 .*--kv-policy full\.$"
+    ):
+        check_pages(specs | {"layers.1": under_policy(wider, config, 256, 32)})
 
 
 def test_windows_that_never_reach_the_sinks_have_tables_of_their_own() -> None:

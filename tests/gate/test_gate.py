@@ -43,10 +43,16 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),
         "DeepseekV3ForCausalLM",
     ),
+    "hidden latents": (Facts(hidden_latents="kv_lora_rank=512"), "kv_lora_rank=512"),
+    "static sinks": (Facts(static_sinks="param_sink_number=128"), "param_sink_number=128"),
+    "prefix language models": (
+        Facts(prefix_lm=True, architecture="HrmTextForCausalLM"),
+        "HrmTextForCausalLM",
+    ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "chunked attention": (
-        Facts(chunked_attention="attention_chunk_size=8192"),
-        "attention_chunk_size=8192",
+        Facts(chunked_attention="rswa_window=128"),
+        "rswa_window=128",
     ),
     "unequal layers": (Facts(unequal_layers=True), "LlamaForCausalLM"),
     "shared KV layers": (Facts(shared_kv_layers=10), "10"),
@@ -54,7 +60,11 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(positions="other", rope_types=(), architecture="GPT2LMHeadModel"),
         "GPT2LMHeadModel",
     ),
-    "RoPE scaling": (Facts(rope_types=("default", "dynamic")), "dynamic"),
+    "RoPE scaling": (Facts(rope_types=("default", "fope")), "['fope']"),
+    "RoPE of transformers that depends on the length": (
+        Facts(rope_types=("longrope",), transformers_backend=True),
+        "longrope",
+    ),
     "position-scaled attention": (
         Facts(position_scaled_attention="llama_4_scaling_beta=0.1"),
         "llama_4_scaling_beta=0.1",
@@ -142,8 +152,10 @@ def test_latent_attention_is_accepted_on_cpus() -> None:
     assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
 
 
-def test_alibi_is_accepted() -> None:
-    assert reason(Facts(positions="alibi", rope_types=())) is None
+@pytest.mark.parametrize("positions", ["alibi", "none"])
+def test_positions_that_are_in_no_key_are_accepted(positions: str) -> None:
+    """ALiBi counts tokens of the cache; who has no positions (NoPE) has nothing to move."""
+    assert reason(Facts(positions=positions, rope_types=())) is None
 
 
 @pytest.mark.parametrize("dtype", PLAIN_KV_DTYPES)

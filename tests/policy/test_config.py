@@ -4,11 +4,13 @@ import itertools
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sink_vllm.policy.bound import Bound
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import OPTION_KEYS, SinkOptions, flag
 from sink_vllm.policy.schedule import Schedule
@@ -147,14 +149,14 @@ def test_options_that_are_refused(given: dict[str, Any], sentence: str) -> None:
     assert str(error.value) == sentence
 
 
-def resolve(trained_len: int = 4096, **options: Any) -> SinkConfig:
+def resolve(trained_len: int = 4096, others: Sequence[Bound] = (), **options: Any) -> SinkConfig:
     """Resolve ``options`` for blocks of 16 tokens, or what ``options`` say."""
     block_size = options.pop("block_size", 16)
     max_model_len = options.pop("max_model_len", None)
     return SinkConfig.resolve(
         SinkOptions(**options),
         block_size=block_size,
-        trained_len=trained_len,
+        bound=Bound.of(trained_len, others),
         max_model_len=max_model_len,
     )
 
@@ -194,8 +196,8 @@ def test_numbers_that_are_decided(options: dict[str, Any], schedule: Schedule) -
     [
         (
             {"max_model_len": 5000},
-            "--max-model-len=5000 is above the 4096 tokens the model was trained for, and a "
-            "stream never needs more cache than that; use 4096 or less.",
+            "--max-model-len=5000 is above 4096, the length the model was trained for; use 4096 "
+            "or less.",
         ),
         (
             {"sink_stride": 40},
@@ -305,6 +307,55 @@ def test_advice_is_about_what_was_given_and_is_accepted() -> None:
             changed.add(option)
             given[option] = value
     assert min(refusals[option] for option in _ADVICE) > 100, refusals
+
+
+SHORT = Bound(most=1000, default=500, name="the first positions of one temperature")
+
+
+@pytest.mark.parametrize(
+    ("options", "capacity"),
+    [
+        ({}, 500),
+        ({"max_model_len": 1000}, 1000),
+        ({"max_model_len": 300}, 300),
+        ({"sink_window": 964, "sink_stride": 32}, 1000),
+        ({"trained_len": 400}, 400),  # shorter than the other bound, and its default
+        ({"trained_len": 700}, 500),
+    ],
+    ids=str,
+)
+def test_the_shortest_bound_counts(options: dict[str, Any], capacity: int) -> None:
+    """It is the most a user can ask for; who asks for nothing gets the shortest default."""
+    assert resolve(others=[SHORT], **options).capacity == capacity
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"max_model_len": 1001},
+            "--max-model-len=1001 is above 1000, the first positions of one temperature; use 1000 "
+            "or less.",
+        ),
+        (
+            {"sink_window": 965, "sink_stride": 32},
+            "--sink-window=965 makes a capacity of 1001 tokens (4 sink tokens + 965 window + 32 "
+            "stride), more than the 1000 of the first positions of one temperature; use a window "
+            "of 964 or less.",
+        ),
+        (
+            {"sink_tokens": 490},
+            "--sink-tokens=490 leaves no window beside a stride of 16 in 500 tokens (the default; "
+            "--max-model-len may be up to 1000); use 483 or fewer.",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_sentences_of_a_bound(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match="--") as error:
+        resolve(others=[SHORT], **options)
+
+    assert str(error.value) == sentence
 
 
 def test_every_number_is_consistent_or_refused() -> None:

@@ -378,8 +378,8 @@ def test_configuration_carries_the_plugin(model: str, monkeypatch: pytest.Monkey
         ),
         (
             {"max_model_len": TRAINED + 1},
-            f"--max-model-len={TRAINED + 1} is above the {TRAINED} tokens the model was trained "
-            f"for, and a stream never needs more cache than that; use {TRAINED} or less.",
+            f"--max-model-len={TRAINED + 1} is above {TRAINED}, the length the model was trained "
+            f"for; use {TRAINED} or less.",
         ),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
@@ -396,11 +396,15 @@ def test_settings_that_contradict_the_policy(
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling"),
-        ({"attention_chunk_size": 64}, "attention_chunk_size=64"),
+        ({"rope_parameters": {"rope_type": "default", "use_fope": True}}, "RoPE scaling"),
+        ({"rswa_window": 64}, "rswa_window=64"),
         (
             {"layer_types": ["full_attention", "chunked_attention"]},
             "layer_types: chunked_attention",
+        ),
+        (
+            {"layer_types": ["full_attention", "window_attention"]},
+            "layer_types: window_attention",
         ),
         ({"num_kv_shared_layers": 1}, "read another layer's KV cache yet (1)"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
@@ -521,6 +525,8 @@ def test_rust_front_end_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) 
     "rope",
     [
         {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0},
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": TRAINED // 2},
         {
             "rope_type": "llama3",

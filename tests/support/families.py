@@ -1,10 +1,40 @@
 """The model families that are tested: the table behind ``docs/models.md``."""
 
+from typing import Any
+
 from tests.support.families_media import MEDIA
 from tests.support.families_special import SPECIAL
-from tests.support.family import HEADS, HIDDEN, LAYERS, MAX_POSITIONS, MOE, TIED, Family, rope
+from tests.support.family import (
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MAX_POSITIONS,
+    MOE,
+    TIED,
+    Family,
+    rope,
+)
 from tests.support.tiny_models import LLAMA3_ROPE
 
+
+def longrope(original: int, partial_rotary_factor: float = 1.0) -> dict[str, Any]:
+    """Settings of a model that was trained for ``original`` tokens and stretched to more."""
+    pairs = int(HEAD_SIZE * partial_rotary_factor) // 2
+    return {
+        "original_max_position_embeddings": original,
+        **rope(
+            "longrope",
+            original_max_position_embeddings=original,
+            partial_rotary_factor=partial_rotary_factor,
+            short_factor=[1.0 + i / pairs for i in range(pairs)],
+            long_factor=[1.5 + 3.0 * i / pairs for i in range(pairs)],
+        ),
+    }
+
+
+TEMPERATURE = 128
+"""Positions before queries are scaled: twice the cache, half of the table it would have."""
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
 GPT2_NAMES = {
     "n_embd": HIDDEN,
@@ -30,6 +60,12 @@ FAMILIES = (
         settings=rope("linear", factor=4.0) | {"max_position_embeddings": 32},
     ),
     Family(
+        name="Llama, dynamic NTK",
+        model="Llama",
+        special="a cache as long as vLLM's table of it",
+        settings=rope("dynamic", factor=2.0) | {"max_position_embeddings": 64},
+    ),
+    Family(
         name="Llama, yarn scaling",
         quick=True,
         model="Llama",
@@ -41,6 +77,22 @@ FAMILIES = (
         model="Mistral",
         special="GQA, no sliding window",
         settings={"sliding_window": None},
+    ),
+    Family(
+        name="Ministral 3",
+        model="Ministral3",
+        special="queries scaled by their position, yarn scaling",
+        settings=rope(
+            "yarn",
+            factor=2.0,
+            original_max_position_embeddings=TEMPERATURE,
+            llama_4_scaling_beta=2.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        )
+        # vLLM reads it under the name of Mistral's own format only.
+        | {"llama_4_scaling": {"beta": 2.0, "original_max_position_embeddings": TEMPERATURE}}
+        | {"max_position_embeddings": 2 * TEMPERATURE},
     ),
     Family(
         name="Mixtral",
@@ -70,11 +122,14 @@ FAMILIES = (
     Family(
         name="Phi-4-mini",
         model="Phi3",
-        special="fused projections, partial rotation",
-        settings={
-            "original_max_position_embeddings": MAX_POSITIONS,
-            **rope(partial_rotary_factor=0.75),
-        },
+        special="fused projections, partial rotation, longrope with its short factors",
+        settings=longrope(original=64, partial_rotary_factor=0.75),  # as long as the cache
+    ),
+    Family(
+        name="Phi-3.5",
+        model="Phi3",
+        special="fused projections, longrope with its long factors",
+        settings=longrope(original=32),
     ),
     Family(
         name="GPT-J",

@@ -1,6 +1,6 @@
 """Families whose layers attend in ways of their own: sliding windows, latent attention."""
 
-from tests.support.family import HEAD_SIZE, HEADS, MOE, TIED, Family, rope
+from tests.support.family import HEAD_SIZE, HEADS, HIDDEN, MOE, TIED, Family, rope
 
 HYBRID = {"num_hidden_layers": 4, "sliding_window": 24}
 GEMMA_HYBRID = {**HYBRID, **TIED, "query_pre_attn_scalar": HEAD_SIZE}
@@ -42,6 +42,25 @@ SPECIAL = (
         model="Mistral",
         special="a sliding window in every layer",
         settings={"sliding_window": 29},
+    ),
+    Family(
+        name="Llama 4",
+        model="Llama4Text",
+        special="chunked attention, every fourth layer without rotation (NoPE) and with queries "
+        "scaled by their position",
+        still=(3,),
+        generation={"attn_temperature_tuning": True},  # or vLLM scales caches above 32768 only
+        settings={
+            "num_hidden_layers": 4,
+            "attention_chunk_size": 64,  # as long as the cache
+            "floor_scale": 129,  # twice the cache, half of the table it would have
+            "attn_scale": 2.0,
+            "intermediate_size_mlp": 2 * HIDDEN,
+            "num_local_experts": 2,
+            "moe_layers": [],
+            "interleave_moe_layer_step": 0,
+            **rope(),
+        },
     ),
     Family(
         name="Gemma 2",

@@ -33,6 +33,8 @@ class Family:
     """Of the configuration, on top of the common ones."""
     media: dict[str, Any] | None = None
     """Settings around those of the text, of a multimodal model that serves text alone."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Of the generation configuration, on top of special tokens."""
     positions: str = "rope"
     backend: str = "vLLM"
     """Whose model code vLLM 0.32 runs: its own, that of transformers, or this project's."""
@@ -83,7 +85,9 @@ def write_family(folder: Path, family: Family) -> Path:
     config = config_of(family)
     model = family.model_class(config).float()
     _fill(model, family)
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **family.generation
+    )
     model.save_pretrained(folder)
     if family.turned is not None:
         _turn(folder / "model.safetensors", family.turned)

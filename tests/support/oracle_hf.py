@@ -81,6 +81,8 @@ class _Rotary:
     """Stands in for a module's ``apply_rotary_pos_emb`` while its model runs."""
 
     function = "apply_rotary_pos_emb"
+    tokens = 2
+    """Which dimension of its arguments they are."""
 
     def __init__(self, model: Any, capacity: int) -> None:
         model = model.get_decoder()  # of a multimodal model, its text side
@@ -117,7 +119,8 @@ class _Rotary:
     def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
         assert self.original is not None
         part = keys[..., :size]
-        rotated = self.original(part, part, *self._angles_of(layer, keys.shape[2]))[1]
+        tokens = keys.shape[self.tokens]
+        rotated = self.original(part, part, *self._angles_of(layer, tokens))[1]
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
     def _angles_of(self, layer: int, n: int) -> list[torch.Tensor]:
@@ -148,10 +151,19 @@ class _RotaryGPTJ(_Rotary):
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
 
-class _RotaryDeepseekV2(_Rotary):
+class _RotaryComplex(_Rotary):
     """Angles are complex numbers."""
 
     function = "apply_rotary_emb"
+
+
+class _RotaryLlama4(_RotaryComplex):
+    """The same, with heads and tokens swapped. Keys are normalised, by their length, afterwards."""
+
+    tokens = 1
+
+    def _by_index(self, keys: torch.Tensor, layer: int, size: int) -> torch.Tensor:
+        return super()._by_index(keys.transpose(1, 2), layer, size).transpose(1, 2)
 
 
 class _RotaryDeepseekV3(_Rotary):
@@ -162,8 +174,9 @@ class _RotaryDeepseekV3(_Rotary):
 
 _ROTARIES = {
     "gptj": _RotaryGPTJ,
-    "deepseek_v2": _RotaryDeepseekV2,
+    "deepseek_v2": _RotaryComplex,
     "deepseek_v3": _RotaryDeepseekV3,
+    "llama4_text": _RotaryLlama4,
 }
 
 
@@ -178,6 +191,9 @@ def _angles(model: Any, capacity: int) -> dict[str, tuple[torch.Tensor, ...]]:
             types = getattr(module, "layer_types", None)
             if types is None:
                 made = module(torch.zeros(1), positions)
+                # Frequencies that depend on the longest position stay those of the whole cache, as
+                # in vLLM, where they are chosen once.
+                module.rope_type = "default"
                 return {"all": made if isinstance(made, tuple) else (made,)}
             return {one: module(torch.zeros(1), positions, one) for one in types}
         if hasattr(module, "embed_positions"):  # GPT-J: a table [sin | cos] in every layer

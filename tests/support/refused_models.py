@@ -35,5 +35,13 @@ REFUSED = (
         config="DeepseekV3Config",
         row="MLA without RoPE scaling",
     ),
-    Refused(name="Llama 4", config="Llama4TextConfig", row="chunked attention"),
+    Refused(
+        name="MiMo-V2-Flash",
+        config="MiMoV2FlashConfig",
+        row="unequal layers",
+        # As published; the class of transformers has no names of its own for these.
+        settings={"swa_num_key_value_heads": 8, "swa_head_dim": 192, "swa_v_head_dim": 128},
+    ),
+    Refused(name="MiniCPM3", config="MiniCPM3Config", row="hidden latents"),
+    Refused(name="HRM-Text", config="HrmTextConfig", row="prefix language models"),
 )

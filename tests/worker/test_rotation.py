@@ -49,7 +49,6 @@ def rotary_of(
     rope: dict[str, Any], *, head_size: int = 64, neox: bool = True, dtype: torch.dtype
 ) -> RotaryEmbedding:
     current_platform.import_kernels()
-    # A config with a model in it: LongRoPE asks for the model's length.
     with set_current_vllm_config(PagedLayers().config):
         return get_rope(head_size, 1024, neox, rope_parameters=rope, dtype=dtype)
 
@@ -184,12 +183,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "fope_sep_head": True,
         "fope_init_factor": 0.1,
     },
-    "Phi3LongRoPEScaledRotaryEmbedding": {
-        "rope_type": "longrope",
-        "short_factor": [1.0] * 32,
-        "long_factor": [2.0] * 32,
-        "original_max_position_embeddings": 512,
-    },
 }
 
 
@@ -200,6 +193,23 @@ def test_rotations_that_are_not_known_to_compose_are_refused(kind: str) -> None:
 
     with pytest.raises(ValueError, match=rf"^layers\.3\.attn: .*{kind}.*--kv-policy full"):
         Rotation(rotary, "layers.3.attn")
+
+
+@pytest.mark.parametrize("rows", [48, 256, 2048])
+def test_a_longer_table_follows_the_frequencies(rows: int) -> None:
+    """Also where the model has fewer rows than a stream may cache, as with dynamic NTK."""
+    with set_current_vllm_config(VllmConfig()):
+        short = RotaryEmbedding(64, 64, 96, 10000.0, True, torch.float32)
+        expected = RotaryEmbedding(64, 64, max(rows, 96), 10000.0, True, torch.float32)
+    rotation = Rotation(short, "layer")
+    before = short.cos_sin_cache.clone()
+
+    rotation.extend(rows, exact_from=rows // 4)
+
+    assert rotation.table_rows == max(rows, 96) == len(short.cos_sin_cache)
+    kept = min(rows // 4, 96)
+    assert torch.equal(short.cos_sin_cache[:kept], before[:kept])
+    torch.testing.assert_close(short.cos_sin_cache, expected.cos_sin_cache, atol=2e-4, rtol=0)
 
 
 def test_a_subclass_is_refused() -> None:

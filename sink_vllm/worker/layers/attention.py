@@ -22,6 +22,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_vllm.gate.refusals import FP8_KV_DTYPES
 from sink_vllm.worker.layers.rotation import Rotation
+from sink_vllm.worker.layers.rotation_longrope import LongRotation
 from sink_vllm.worker.layers.rotation_transformers import (
     TransformersRotation,
     is_transformers_rotary,
@@ -78,14 +79,18 @@ def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[Attentio
         if rotary is not None:
             key = (id(rotary), kind_of_layer(rotary, name))
             if key not in rotations:
-                rotations[key] = (
-                    TransformersRotation(rotary, name, module.head_size)
-                    if is_transformers_rotary(rotary)
-                    else Rotation(rotary, name)
-                )
+                rotations[key] = _rotation_of(rotary, name, module.head_size)
             rotation = rotations[key]
         layers.append(AttentionLayer(name, module, rotation))
     return layers
+
+
+def _rotation_of(rotary: nn.Module, name: str, head_size: int) -> Rotation:
+    if is_transformers_rotary(rotary):
+        return TransformersRotation(rotary, name, head_size)
+    if type(rotary) is Phi3LongRoPEScaledRotaryEmbedding:
+        return LongRotation(rotary, name)
+    return Rotation(rotary, name)
 
 
 def rope_rows(layers: Iterable[AttentionLayer]) -> int | None:

@@ -15,10 +15,19 @@ TABLE_CAPACITIES = 4
 """Rows a table has at least, in capacities: a window is rotated once per three capacities."""
 
 
-def extend_rope_tables(layers: Iterable[AttentionLayer], capacity: int) -> None:
+def extend_rope_tables(
+    layers: Iterable[AttentionLayer], capacity: int, most: int | None = None
+) -> None:
     """Let the rope positions of every rotating layer run up to ``TABLE_CAPACITIES * capacity``.
 
     Positions below the capacity, all that streams see which never evict, keep the model's rows.
+
+    Args:
+        layers: of the loaded model.
+        capacity: cached tokens.
+        most: rope positions that the model may be given at all; ``None`` for any number.
     """
     for rotation in {id(one.rotation): one.rotation for one in layers if one.rotation}.values():
         rotation.extend(TABLE_CAPACITIES * capacity, exact_from=capacity)
+        if most is not None:
+            rotation.limit(most)

@@ -152,16 +152,30 @@ class Rotation:
         and would be the largest one of a long stream. Call it before the model is compiled or
         captured: the table is a buffer of the module.
         """
-        table = self.rotary.cos_sin_cache
-        assert isinstance(table, torch.Tensor)
-        positions = torch.arange(exact_from, max(rows, self.table_rows), dtype=torch.float64)
+        table = self._read_table()
+        own = table[:exact_from]
+        positions = torch.arange(len(own), max(rows, self.table_rows), dtype=torch.float64)
         angles = torch.outer(positions, self.frequencies)
         more = torch.cat((angles.cos(), angles.sin()), dim=-1) * table[0, 0].double().cpu()
-        self.rotary.cos_sin_cache = torch.cat((table[:exact_from], more.to(table)))
-        self.table_rows = self.rotary.cos_sin_cache.shape[0]
+        longer = torch.cat((own, more.to(table)))
+        self._write_table(longer)
+        self.table_rows = len(longer)
         # vLLM hands the same module to the next model with these settings in this process.
         for key in [key for key, module in _ROPE_DICT.items() if module is self.rotary]:
             del _ROPE_DICT[key]
+
+    def limit(self, rows: int) -> None:
+        """Let no rope position be ``rows`` or more, whatever the table holds."""
+        self.table_rows = min(self.table_rows, rows)
+
+    def _read_table(self) -> torch.Tensor:
+        """The rows ``[cos | sin]`` that the module has for rope positions, from 0 on."""
+        table = self.rotary.cos_sin_cache
+        assert isinstance(table, torch.Tensor)
+        return table
+
+    def _write_table(self, table: torch.Tensor) -> None:
+        self.rotary.cos_sin_cache = table
 
     def cos_sin(self, deltas: Sequence[int]) -> torch.Tensor:
         """Rows ``[cos | sin]`` of unit magnitude: float32 ``[len(deltas), rotary_dim]``."""
@@ -223,8 +237,7 @@ class Rotation:
         Raises:
             ValueError: another rotation, or a magnitude that is not constant.
         """
-        table = self.rotary.cos_sin_cache
-        assert isinstance(table, torch.Tensor)
+        table = self._read_table()
         rows = sorted({*range(min(8, self.table_rows)), self.table_rows // 2, self.table_rows - 1})
         cos_sin = table[torch.tensor(rows, device=table.device)].double().cpu()
         magnitude = cos_sin[0, 0]
