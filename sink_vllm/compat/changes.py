@@ -120,10 +120,9 @@ OBJECT_CHANGES = (
         "scheduler_stats.num_kv_fetch_reqs_by_stage.update",
         "0048-values-of-a-request",
     ),
-    ObjectChange(
-        "sink_vllm.worker.runner_v1",
-        "req_state.output_token_ids.extend",
-        "0048-values-of-a-request",
+    *(
+        ObjectChange("sink_vllm.worker.runner_v1", what, "0048-values-of-a-request")
+        for what in ("req_state.output_token_ids.extend", "self.mrope_positions.gpu*")
     ),
     *(
         ObjectChange("sink_vllm.engine", what, "0048-values-of-a-request")

@@ -15,7 +15,6 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from sink_vllm.server.events import PATCHES
 from sink_vllm.server.prompts import Luggage, OutputsOf, ToldPrompt, forget_body
 from tests.support.outputs import POLICY
 
@@ -166,8 +165,9 @@ def test_guard_who_reads_the_prompt_when() -> None:
     assert completion.count("engine_inputs[") == 1
     assert "prompt_text = self._extract_prompt_text(engine_input)" in completion
 
-    owner, name = next(p for p in PATCHES if p.formerly is not None).locate()
-    chat = inspect.getsource(inspect.unwrap(getattr(owner, name)))
+    formerly = OpenAIServingChat.chat_completion_stream_generator  # in 0.32
+    chunks = getattr(OpenAIServingChat, "chat_completion_stream_generator_raw", formerly)
+    chat = inspect.getsource(inspect.unwrap(chunks))
     assert "request.messages" not in chat
     role = chat.index("self.get_chat_request_role(request)")
     assert chat.index("if first_iteration:") < role < chat.index("first_iteration = False")
