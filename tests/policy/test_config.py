@@ -364,7 +364,11 @@ def test_every_number_is_consistent_or_refused() -> None:
     for block, sinks, window, stride, limit in itertools.product(
         (1, 4, 16), (0, 1, 4, 20), (None, 1, 9, 40), (None, 1, 4, 16, 48), (None, 16, 50, 64)
     ):
-        given = {"sink_tokens": sinks, "sink_window": window, "sink_stride": stride}
+        given: dict[str, Any] = {
+            "sink_tokens": sinks,
+            "sink_window": window,
+            "sink_stride": stride,
+        }
         try:
             config = resolve(64, **given, block_size=block, max_model_len=limit)
         except ValueError as error:

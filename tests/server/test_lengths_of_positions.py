@@ -61,6 +61,7 @@ def note_of(vllm_config: VllmConfig) -> str:
 
 @pytest.fixture(scope="module")
 def phi_4_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings: dict[str, Any] = {"partial_rotary_factor": 0.75}  # as published, beside RoPE's
     config = Phi3Config(
         hidden_size=3072,
         num_attention_heads=24,
@@ -68,7 +69,6 @@ def phi_4_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=32,
         max_position_embeddings=131072,
         original_max_position_embeddings=4096,
-        partial_rotary_factor=0.75,
         rope_parameters={
             "rope_type": "longrope",
             "rope_theta": 10000.0,
@@ -77,6 +77,7 @@ def phi_4_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "short_factor": [1.0] * 48,
             "long_factor": [1.0 + i for i in range(48)],
         },
+        **settings,
     )
     return write(tmp_path_factory.mktemp("phi"), "Phi3ForCausalLM", config)
 
@@ -235,8 +236,8 @@ def test_guard_vllm_tunes_llama_4_by_generation_configuration_and_length() -> No
 
 
 def llama_4(**changes: Any) -> PreTrainedConfig:
-    kinds = (
-        {} if changes.get("attention_chunk_size", 1) else {"layer_types": ["full_attention"] * 48}
-    )
+    kinds: dict[str, Any] = {}
+    if not changes.get("attention_chunk_size", True):
+        kinds["layer_types"] = ["full_attention"] * 48
     config: PreTrainedConfig = Llama4TextConfig(**changes, **kinds)
     return config

@@ -1,5 +1,7 @@
 """LongRoPE: the factors in use, their rotations and longer tables, against vLLM's module."""
 
+from typing import Any
+
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
@@ -30,10 +32,10 @@ def rotary_of(
     config = PagedLayers().config
     config.model_config.max_model_len = max_model_len
     with set_current_vllm_config(config):
-        rotary = get_rope(SIZE, LONGEST, True, rope_parameters=PARAMETERS, dtype=dtype)
+        rotary: Any = get_rope(SIZE, LONGEST, True, rope_parameters=PARAMETERS, dtype=dtype)
     for key in [key for key, module in _ROPE_DICT.items() if module is rotary]:
         del _ROPE_DICT[key]  # it does not tell lengths of engines apart
-    assert isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding)
+    assert type(rotary) is Phi3LongRoPEScaledRotaryEmbedding
     return rotary
 
 
@@ -51,8 +53,9 @@ def error_of_rotating(
     rotary: Phi3LongRoPEScaledRotaryEmbedding, rotation: LongRotation, rows: int
 ) -> float:
     generator = torch.Generator().manual_seed(0)
-    dtype = rotary.long_short_cos_sin_cache.dtype
-    keys = torch.randn(64, 3, SIZE, generator=generator).to(dtype)
+    table = rotary.long_short_cos_sin_cache
+    assert isinstance(table, torch.Tensor)
+    keys = torch.randn(64, 3, SIZE, generator=generator).to(table.dtype)
     before, after = (torch.randint(0, rows, (64,), generator=generator) for _ in range(2))
     found = keys_at(rotary, keys, before).float()
     rotation.rotate(found, rotation.rows_of((after - before).tolist(), keys.device))
