@@ -107,6 +107,13 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
+        "sparse attention",
+        "sparse attention",
+        lambda f: _if(f.sparse_attention, f.architecture),
+        "its index cache would have to be evicted with the keys",
+        _OTHER_MODEL,
+    ),
+    Refusal(
         "MLA",
         "multi-head latent attention on GPUs",
         lambda f: _if(f.mla and f.platform != "cpu", f.architecture),
@@ -139,13 +146,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "prompts that are read in both directions",
         lambda f: _if(f.prefix_lm, f.architecture),
         "a prompt that is longer than the cache cannot be seen as a whole",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "sparse attention",
-        "sparse attention",
-        lambda f: _if(f.sparse_attention, f.architecture),
-        "its index cache would have to be evicted with the keys",
         _OTHER_MODEL,
     ),
     Refusal(

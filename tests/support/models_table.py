@@ -8,6 +8,7 @@ from sink_vllm.gate.refusals import REFUSALS
 from tests.support.families import FAMILIES
 from tests.support.family import Family
 from tests.support.refused_models import REFUSED
+from tests.support.served_families import SERVED, Served
 
 HEAD = """\
 # Which models stream under `--kv-policy sink`
@@ -39,6 +40,16 @@ REFUSED_HEAD = """
 At start-up, with the reason; see [limitations](limitations.md) for all that is refused.
 
 | Model | Configuration | Because of | |
+|---|---|---|---|
+"""
+SERVED_HEAD = """
+## The families people serve
+
+The 35 open-weight families most served with vLLM in 2026, by downloads, hosted tokens and vLLM's
+recipes; what the gate says is said for GPUs. "Tested as" names the row above that stands for
+it, with random weights. [coverage.md](coverage.md) has every architecture that vLLM knows.
+
+| Family | Architecture in vLLM | Streams | How tested, or why not |
 |---|---|---|---|
 """
 TAIL = """
@@ -99,7 +110,17 @@ def markdown() -> str:
         f"{'cannot work' if what[one.row].final else 'not yet'} |"
         for one in REFUSED
     )
-    return f"{head}{tested}{REFUSED_HEAD}{refused}\n{TAIL}"
+    served = "\n".join(_served(one) for one in SERVED)
+    return f"{head}{tested}{SERVED_HEAD}{served}\n{REFUSED_HEAD}{refused}\n{TAIL}"
+
+
+def _served(one: Served) -> str:
+    if one.refused is not None:
+        why = next(row.what for row in REFUSALS if row.name == one.refused)
+        return f"| {one.name} | `{one.architecture}` | no | refused: {why} |"
+    tested = f"tested as {one.tested}" if one.tested else "accepted, not compared with a judge"
+    how = f"{tested}; {one.caveat}" if one.caveat else tested
+    return f"| {one.name} | `{one.architecture}` | yes | {how} |"
 
 
 def _tested(family: Family) -> str:
