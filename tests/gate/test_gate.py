@@ -35,6 +35,7 @@ CASES: dict[str, tuple[Facts, str]] = {
     "bidirectional": (Facts(bidirectional=True), "LlamaForCausalLM"),
     "diffusion": (Facts(diffusion=True), "LlamaForCausalLM"),
     "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
+    "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "MLA": (
         Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
         "DeepseekV2ForCausalLM",
@@ -49,7 +50,6 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(prefix_lm=True, architecture="HrmTextForCausalLM"),
         "HrmTextForCausalLM",
     ),
-    "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "chunked attention": (
         Facts(chunked_attention="rswa_window=128"),
         "rswa_window=128",
