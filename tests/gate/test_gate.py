@@ -76,7 +76,8 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(kv_cache_dtype="fp8_e4m3", cpu_has_fp8_kernels=False),
         "fp8_e4m3",
     ),
-    "speculative decoding": (Facts(speculative_method="ngram"), "ngram"),
+    "draft models": (Facts(speculative_method="mtp", draft_kv_cache=True), "mtp"),
+    "other speculation": (Facts(speculative_method="suffix"), "suffix"),
     "KV offloading": (
         Facts(kv_offloading_gib=2.5, kv_connector="OffloadingConnector"),
         "2.5 GiB",
@@ -140,6 +141,14 @@ def test_known_rope_scalings_are_accepted(rope_type: str) -> None:
 def test_latent_attention_is_accepted_on_cpus() -> None:
     """vLLM switches chunked prefill off for it."""
     assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
+
+
+def test_n_grams_are_accepted() -> None:
+    """V1's other n-grams keep tokens on the device, and do not hear of evictions."""
+    assert reason(Facts(speculative_method="ngram")) is None
+    assert reason(Facts(speculative_method="ngram", v2_runner=True)) is None
+    assert reason(Facts(speculative_method="ngram_gpu", v2_runner=True)) is None
+    assert reason(Facts(speculative_method="ngram_gpu")) is not None
 
 
 def test_alibi_is_accepted() -> None:
