@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # Tiny models gain nothing from threads, and spinning ones starve their neighbours.
     "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",  # which sets OpenMP's, when n-grams are looked up
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }

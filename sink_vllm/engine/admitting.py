@@ -68,6 +68,7 @@ class AdmittingMixin(PreemptingMixin):
         self._adapters_of = -1
         """Adapters of the running requests, when there were so many."""
         self._parked = set()
+        self._most_drafts = self.num_spec_tokens
 
     # -- pages change hands -----------------------------------------------------------------
 
@@ -286,9 +287,28 @@ class AdmittingMixin(PreemptingMixin):
             if found is not None:
                 self.ledger.spare = max(self.admission.slack(), 0)
                 self.recycler.resume(request, found)
+        fitting = self._fit(request, num_computed_tokens, num_new_tokens)
+        waits = request.status != RequestStatus.RUNNING
+        if waits and num_new_tokens > request.num_tokens - num_computed_tokens == 1:
+            return self._without_padding(fitting)
+        return fitting
+
+    def _without_padding(self, fitting: int) -> int:
+        """The last token of a prompt comes with padding in place of drafts, if it comes alone, and
+        vLLM insists on as much of it as there are drafts. Where it does not fit, there are none:
+        for the rest of the loop over waiting requests, which ``_make_cached_request_data`` ends.
+        """
+        if not 0 < fitting <= self.num_spec_tokens:
+            return fitting
+        self.num_spec_tokens = 0
+        return 1
+
+    def _fit(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """As much of a chunk as capacity, kernels and pages allow."""
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        request_id = request.request_id
         room = self.recycler.streams[request_id].capacity - num_computed_tokens
         if num_computed_tokens and not self.scheduler_config.enable_chunked_prefill:
             room = min(room, 1)  # its attention kernels read the cache for one query only

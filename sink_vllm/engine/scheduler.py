@@ -101,6 +101,13 @@ class StreamingLLMMixin(AdmittingMixin):
             session.num_computed_tokens = 0
         forget_evicted(session)
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A turn may end among draft tokens that were accepted. vLLM drops those behind its end,
+        and goes on counting them as computed, which the next turn of a session would begin with."""
+        behind_last = request.num_tokens - 1 + request.num_output_placeholders
+        request.num_computed_tokens = min(request.num_computed_tokens, behind_last)
+        return super()._handle_stopped_request(request)
+
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -193,6 +200,7 @@ class StreamingLLMMixin(AdmittingMixin):
         req_to_new_blocks: dict[str, KVCacheBlocks],
     ) -> CachedRequestData:
         """Divert requests the workers have an outdated copy of: they leave as new requests."""
+        self.num_spec_tokens = self._most_drafts  # of all that follows; see `_without_padding`
         outdated = self.recycler.to_refresh
         if outdated:
             self._refreshed = [

@@ -80,6 +80,8 @@ class Facts:
     chunked_prefill: bool = True
     kv_cache_dtype: str = "auto"
     speculative_method: str | None = None
+    draft_kv_cache: bool = False
+    """Whether what drafts caches keys of its own."""
     kv_connector: str | None = None
     kv_offloading_gib: float | None = None
     prefill_context_parallel: int = 1
@@ -110,6 +112,7 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,
         kv_cache_dtype=cache.cache_dtype,
         speculative_method=None if speculative is None else str(speculative.method),
+        draft_kv_cache=speculative is not None and speculative.uses_draft_kv_cache(),
         kv_connector=None if transfer is None else str(transfer.kv_connector),
         kv_offloading_gib=cache.kv_offloading_size,
         prefill_context_parallel=parallel.prefill_context_parallel_size,

@@ -58,6 +58,11 @@ def _if(applies: bool, value: object) -> object:
     return value if applies else None
 
 
+def _drafted_from_tokens(facts: Facts) -> tuple[str | None, ...]:
+    """Methods whose drafts have been tested; V1's ``ngram_gpu`` keeps a copy of the tokens."""
+    return (None, "ngram", "ngram_gpu") if facts.v2_runner else (None, "ngram")
+
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "encoder-decoder",
@@ -284,11 +289,18 @@ REFUSALS: tuple[Refusal, ...] = (
         final=True,
     ),
     Refusal(
-        "speculative decoding",
-        "speculative decoding",
-        lambda f: f.speculative_method,
-        "draft tokens may have to be taken back after an eviction",
-        "drop --speculative-config",
+        "draft models",
+        "speculative decoding with draft models or layers (MTP, EAGLE)",
+        lambda f: _if(f.draft_kv_cache, f.speculative_method),
+        "what drafts has a KV cache, whose keys would have to be moved with the model's",
+        "use the method ngram, or drop --speculative-config",
+    ),
+    Refusal(
+        "other speculation",
+        "speculative decoding with anything but n-grams",
+        lambda f: _if(f.speculative_method not in _drafted_from_tokens(f), f.speculative_method),
+        "what drafts has not been tested with evictions",
+        "use the method ngram, or drop --speculative-config",
     ),
     Refusal(  # before the next row: vLLM offloads through a connector
         "KV offloading",

@@ -86,7 +86,8 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(kv_cache_dtype="fp8_e4m3", cpu_has_fp8_kernels=False),
         "fp8_e4m3",
     ),
-    "speculative decoding": (Facts(speculative_method="ngram"), "ngram"),
+    "draft models": (Facts(speculative_method="mtp", draft_kv_cache=True), "mtp"),
+    "other speculation": (Facts(speculative_method="suffix"), "suffix"),
     "KV offloading": (
         Facts(kv_offloading_gib=2.5, kv_connector="OffloadingConnector"),
         "2.5 GiB",
@@ -156,6 +157,14 @@ def test_latent_attention_is_accepted_on_cpus() -> None:
 def test_positions_that_are_in_no_key_are_accepted(positions: str) -> None:
     """ALiBi counts tokens of the cache; who has no positions (NoPE) has nothing to move."""
     assert reason(Facts(positions=positions, rope_types=())) is None
+
+
+def test_n_grams_are_accepted() -> None:
+    """V1's other n-grams keep tokens on the device, and do not hear of evictions."""
+    assert reason(Facts(speculative_method="ngram")) is None
+    assert reason(Facts(speculative_method="ngram", v2_runner=True)) is None
+    assert reason(Facts(speculative_method="ngram_gpu", v2_runner=True)) is None
+    assert reason(Facts(speculative_method="ngram_gpu")) is not None
 
 
 @pytest.mark.parametrize("dtype", PLAIN_KV_DTYPES)

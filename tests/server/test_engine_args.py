@@ -454,12 +454,12 @@ def test_pooling_is_refused(model: str) -> None:
         (
             {
                 "speculative_config": {
-                    "method": "ngram",
+                    "method": "ngram_gpu",
                     "num_speculative_tokens": 2,
                     "prompt_lookup_max": 2,
                 }
             },
-            "speculative decoding yet (ngram)",
+            "speculative decoding with anything but n-grams yet (ngram_gpu)",
         ),
         (
             {
@@ -477,6 +477,16 @@ def test_features_that_are_refused(model: str, settings: dict[str, Any], what: s
         build(model, **settings)
 
     assert what in str(error.value)
+
+
+def test_draft_models_are_refused_and_n_grams_are_not(model: str) -> None:
+    drafted = {"method": "draft_model", "model": model, "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match=r"\(MTP, EAGLE\) yet \(draft_model\): .* method ngram,"):
+        build(model, speculative_config=drafted)
+
+    config = build(model, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
+
+    assert config.scheduler_config.scheduler_cls is not None
 
 
 def test_installed_logits_processors_are_refused(

@@ -13,13 +13,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, FinishReason
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.policy.report import KEY
 from sink_vllm.policy.schedule import Schedule, cdiv
@@ -87,12 +87,21 @@ class Watch:
         self._aborted: list[str] = []
         self.core.model.observe = self._observe
         preempt = self.core.scheduler._preempt_request
+        evict = self.core.scheduler.recycler.evict
+
+        def counted_evict(request: Request) -> bool:
+            pending = bool(request.spec_token_ids)
+            evicted: bool = evict(request)
+            self.reach["evictions with drafts"] += evicted and pending
+            return evicted
 
         def counted_preempt(*args: Any, **kwargs: Any) -> None:
             self.reach["preemptions"] += 1
             preempt(*args, **kwargs)
 
         self.core.scheduler._preempt_request = counted_preempt
+        if settings.drafts:
+            self.core.scheduler.recycler.evict = counted_evict
 
     def send(
         self,
@@ -184,7 +193,8 @@ class Watch:
 
     def _observe(self, planned: SchedulerOutput) -> None:
         self._planned = planned.total_num_scheduled_tokens
-        self.scheduled += self._planned
+        drafts = sum(map(len, planned.scheduled_spec_decode_tokens.values()))
+        self.scheduled += self._planned - drafts
         scheduler = self.core.scheduler
         for request_id, chunk in planned.num_scheduled_tokens.items():
             capacity = self.clients[request_id].schedule.capacity
@@ -318,6 +328,12 @@ class Episode:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
         self.settings = draw_settings(rng)
+        if not self.settings.asynchronous:  # vLLM makes these drafts between two steps
+            # Drawn beside the others, which an episode is known by.
+            drafts = random.Random(f"{seed} drafts").choice((0, 1, 3, 7))
+            # vLLM itself waits for ever if one request with its drafts is more than a step.
+            budget = max(self.settings.budget, 1 + drafts)
+            self.settings = replace(self.settings, drafts=drafts, budget=budget)
         self.watch = Watch(self.settings)
         self.arrivals = rng.randint(2, 6)
         self.eager = rng.choice((0.1, 0.3, 1.0))
@@ -355,6 +371,7 @@ class Episode:
         for name in ("asynchronous", "v2", "truncate", "caching"):
             reach[name] += getattr(self.settings, name)
         reach["windowed"] += self.settings.native_window > 0
+        reach["drafts accepted"] += watch.core.model.accepted
         return reach
 
     # -- clients ----------------------------------------------------------------------------

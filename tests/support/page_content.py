@@ -23,6 +23,8 @@ class Row:
     """Pages by KV cache group."""
     evicted: int | None
     """Stream minus cache positions; ``None``: not told, and runner V1 does not need it."""
+    drafts: list[int] = field(default_factory=list)
+    """Tokens behind ``tokens`` that are verified in this step."""
 
 
 @dataclass(slots=True)
@@ -52,15 +54,19 @@ class PageContent:
         # A layer writes the keys of all requests before it attends to any: what one computes,
         # another may find in the prefix cache in the same step.
         for request_id, chunk in planned.num_scheduled_tokens.items():
-            self._write(self.rows[request_id], chunk)
+            row = self.rows[request_id]
+            row.drafts = planned.scheduled_spec_decode_tokens.get(request_id, [])
+            self._write(row, chunk)
         for request_id, chunk in planned.num_scheduled_tokens.items():
             self._check(request_id, chunk)
         rows = self.rows
-        return [r for r in planned.num_scheduled_tokens if rows[r].computed == len(rows[r].tokens)]
+        return [r for r in planned.num_scheduled_tokens if rows[r].computed >= len(rows[r].tokens)]
 
-    def sampled(self, request_id: str, token: int) -> None:
-        """The worker appends what it sampled itself."""
-        self.rows[request_id].tokens.append(token)
+    def sampled(self, request_id: str, tokens: Sequence[int]) -> None:
+        """The worker appends what it sampled itself, and forgets what it computed in vain."""
+        row = self.rows[request_id]
+        row.tokens += tokens
+        row.computed, row.drafts = len(row.tokens) - 1, []
 
     def _learn_new(self, planned: SchedulerOutput, plan: StepPlan) -> None:
         for data in planned.scheduled_new_reqs:
@@ -109,17 +115,18 @@ class PageContent:
                 held += self._page(group, page)
             skip = begin - first * size
             found = held[skip : skip + row.computed - begin]
-            wanted = row.tokens[begin : row.computed]
+            wanted = [*row.tokens, *row.drafts][begin : row.computed]
             assert found == wanted, (
                 f"{request_id}, group {group}: its cache holds {found}, not {wanted}"
             )
 
     def _write(self, row: Row, chunk: int) -> None:
         size, end = self.block_size, row.computed + chunk
-        assert end <= len(row.tokens), f"{end} of {len(row.tokens)} tokens"
+        tokens = [*row.tokens, *row.drafts] if row.drafts else row.tokens
+        assert end <= len(tokens), f"{end} of {len(tokens)} tokens"
         for group in range(len(self.windows)):
             table = row.tables[group]
             for position in range(row.computed, end):
                 page = self._page(group, table[position // size])
-                page[position % size] = row.tokens[position]
+                page[position % size] = tokens[position]
         row.computed = end

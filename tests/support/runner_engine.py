@@ -31,6 +31,28 @@ def register_stand_in_backend() -> None:
     triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=_StandInDriver)
 
 
+def keep_masks_boolean() -> None:
+    """Let the interpreter load under masks that it made integers.
+
+    It loses the type of a comparison that is combined with others, as in vLLM's kernels that draft
+    n-grams, and then refuses it. Compilers keep one bit.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def load_under_bits(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return load(self, ptrs, mask, *args)
+
+    def store_under_bits(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, *args)
+
+    InterpreterBuilder.create_masked_load = load_under_bits
+    InterpreterBuilder.create_masked_store = store_under_bits
+
+
 def switch_async_scheduling_on() -> None:
     """Undo what the CPU platform does at the end of its checks."""
     from vllm.platforms.cpu import CpuPlatform
@@ -53,21 +75,27 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run the batches of a job one after the other on one engine."""
     from vllm import SamplingParams
 
+    from tests.support.drafts import Drafts, watch_drafts
     from tests.support.engine import Generated, Policy, check_all_free, running_engine
     from tests.support.positions_seen import PositionsSeen, watch_positions
 
+    policy = Policy(**job["policy"]) if job["policy"] else None
     with (
         watching_graphs() as graphs,
-        running_engine(Path(job["model"]), Policy(**job["policy"]), **job["engine"]) as engine,
+        running_engine(Path(job["model"]), policy, **job["engine"]) as engine,
     ):
         self_test_graphs = graphs.copy()
         seen = watch_positions(engine.runner) if job["watch"] else PositionsSeen()
-        batches = []
+        drafts = watch_drafts(engine.scheduler) if policy else Drafts()
+        batches, drafted = [], []
         for batch in job["batches"]:
             if batch["flat"]:
                 flatten_logits(engine.runner.get_model())
             params = [SamplingParams(**_with_int_keys(params)) for params in batch["params"]]
+            before = dataclasses.astuple(drafts)
             outputs = engine.generate(batch["prompts"], params)
+            pairs = zip(dataclasses.astuple(drafts), before, strict=True)
+            drafted.append([after - one for after, one in pairs])
             batches.append([dataclasses.asdict(Generated.of(output)) for output in outputs])
         check_all_free(engine)
         return {
@@ -76,9 +104,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "batches": batches,
             "num_poisoned": engine.num_poisoned,
             "model": type(engine.runner.get_model()).__name__,
-            "still": [not layer.rotation for layer in engine.runner.attention_layers],
+            "still": [not one.rotation for one in getattr(engine.runner, "attention_layers", ())],
             "positions": dataclasses.asdict(seen),
             "self_test_graphs": self_test_graphs,
+            "drafts": drafted,
         }
 
 
@@ -112,6 +141,7 @@ def _with_int_keys(params: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         register_stand_in_backend()
+        keep_masks_boolean()
     job = json.load(sys.stdin)
     if job["engine"].get("async_scheduling"):
         switch_async_scheduling_on()

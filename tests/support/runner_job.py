@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ENVIRONMENT
+from tests.support.drafts import Drafts
 from tests.support.engine import Generated, Policy
 from tests.support.paths import ROOT
 from tests.support.positions_seen import PositionsSeen
@@ -45,12 +46,14 @@ class Ran:
     positions: PositionsSeen
     self_test_graphs: list[bool]
     """Steps before the first request (of V2's runner): they may replay a graph of decode steps."""
+    drafts: list[Drafts]
+    """Of each batch."""
 
 
 def run_job(
     model: Path,
     batches: Sequence[Batch],
-    policy: Policy,
+    policy: Policy | None,
     environment: Mapping[str, str],
     *,
     watch: bool = True,
@@ -59,13 +62,14 @@ def run_job(
     """Run batches one after the other on one engine, in a process of its own.
 
     Args:
+        policy: ``None`` for none.
         environment: variables of the process, which decide the runner.
         watch: note the positions of all steps; the model must have one rotary table.
         engine: for ``vllm.LLM``.
     """
     job = {
         "model": str(model),
-        "policy": {"S": policy.S, "W": policy.W, "g": policy.g},
+        "policy": policy and {"S": policy.S, "W": policy.W, "g": policy.g},
         "engine": {"max_num_batched_tokens": 100, **engine},
         "batches": [dataclasses.asdict(batch) for batch in batches],
         "watch": watch,
@@ -82,4 +86,5 @@ def run_job(
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     result = json.loads(done.stdout.splitlines()[-1])
     result["batches"] = [[Generated(**one) for one in batch] for batch in result["batches"]]
-    return Ran(**result | {"positions": PositionsSeen(**result["positions"])})
+    seen, drafts = PositionsSeen(**result["positions"]), [Drafts(*one) for one in result["drafts"]]
+    return Ran(**result | {"positions": seen, "drafts": drafts})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from vllm.config import LoRAConfig, VllmConfig
+from vllm.config import LoRAConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -34,7 +34,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import (
@@ -82,6 +82,8 @@ class Settings:
     """Of windowed layers with page tables of their own; 0: there are none."""
     windowed_first: bool = False
     log_stats: bool = False
+    drafts: int = 0
+    """Tokens per request and step that n-grams suggest; 0: no speculation."""
 
     def additional_config(self) -> dict[str, Any]:
         return SinkConfig(
@@ -135,6 +137,13 @@ def finished_config(settings: Settings) -> VllmConfig:
     scheduler.policy = settings.policy
     scheduler.async_scheduling = settings.asynchronous
     scheduler.scheduler_reserve_full_isl = settings.reserve_full
+    if settings.drafts:
+        config.speculative_config = SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=settings.drafts,
+            target_model_config=model,
+            target_parallel_config=config.parallel_config,
+        )
     if settings.max_loras:
         config.lora_config = LoRAConfig(max_loras=settings.max_loras)
     return config
@@ -221,12 +230,21 @@ class _Compiler:
 
 @dataclass
 class NoModel:
-    """An executor that makes up a token for every request whose chunk reaches its end."""
+    """An executor that makes up a token for every request whose chunk reaches its end.
+
+    Its drafts are the tokens it will make up, or stop being so somewhere.
+    """
 
     requests: Mapping[str, Request]
     content: PageContent
     observe: Callable[[SchedulerOutput], None] = lambda _: None
     made: Counter[str] = field(default_factory=Counter)
+    drafts: int = 0
+    """Tokens to draft per request."""
+    accepted: int = 0
+    """Draft tokens so far that were right."""
+    _drafted: DraftTokenIds | None = None
+    _verified: dict[str, list[int]] = field(default_factory=dict)
     _sampling: list[str] | None = None
     _ids: list[str] = field(default_factory=list)
 
@@ -240,7 +258,7 @@ class NoModel:
             return future
         assert self._sampling is None, "two steps without sampling"
         self._ids = list(planned.num_scheduled_tokens)
-        self._sampling = sampling
+        self._sampling, self._verified = sampling, planned.scheduled_spec_decode_tokens
         expected = [r for r in self._ids if not self.requests[r].is_prefill_chunk]
         assert self._sampling == expected, f"the scheduler waits for tokens of {expected}"
         future.set_result(None)
@@ -252,11 +270,17 @@ class NoModel:
         for request_id in self._ids:
             tokens = []
             if request_id in self._sampling:
-                self.made[request_id] += 1
-                token = made_up(request_id, self.made[request_id])
-                self.content.sampled(request_id, token)
-                tokens.append(token)
+                for draft in (*self._verified.get(request_id, ()), None):
+                    self.made[request_id] += 1
+                    tokens.append(made_up(request_id, self.made[request_id]))
+                    if tokens[-1] != draft:
+                        break
+                self.accepted += len(tokens) - 1
+                self.content.sampled(request_id, tokens)
             sampled.append(tokens)
+        self._drafted = DraftTokenIds(
+            self._ids, [self._draft(one) if one in self._sampling else [] for one in self._ids]
+        )
         answer = ModelRunnerOutput(
             req_ids=self._ids,
             req_id_to_index={one: index for index, one in enumerate(self._ids)},
@@ -268,6 +292,18 @@ class NoModel:
         future: Future[Any] = Future()
         future.set_result(answer)
         return future
+
+    def _draft(self, request_id: str) -> list[int]:
+        made = self.made[request_id]
+        right = made * 7 % (self.drafts + 1)
+        return [
+            made_up(request_id, made + number) + (number > right)
+            for number in range(1, self.drafts + 1)
+        ]
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        drafted, self._drafted = self._drafted, None
+        return drafted
 
 
 def made_up(request_id: str, number: int) -> int:
@@ -312,9 +348,9 @@ class Core(EngineCore):
         )
         windows = [getattr(one, "sliding_window", None) or 0 for one in specs]
         content = PageContent(settings.block_size, windows)
-        self.model = NoModel(self.scheduler.requests, content)
+        self.model = NoModel(self.scheduler.requests, content, drafts=settings.drafts)
         self.model_executor = self.model
-        self.use_spec_decode = self.check_for_draft_tokens = False
+        self.use_spec_decode = self.check_for_draft_tokens = bool(settings.drafts)
         self.mm_receiver_cache = None
         self.is_mm_encoder_only = self.is_pooling_model = False
         self._weight_version = "default"
@@ -408,7 +444,8 @@ class Core(EngineCore):
     def outputs(self) -> list[EngineCoreOutput]:
         """One call of vLLM's step, and what it tells the clients."""
         self.compiler.tick()
-        told, _ = self.step_fn()
+        told, executed = self.step_fn()
+        self.post_step(executed)
         return [output for one in (told or {}).values() for output in one.outputs]
 
     @property

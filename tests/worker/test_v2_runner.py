@@ -92,6 +92,47 @@ def test_v2_async_streams_equal_the_oracle(tiny_llama: ModelFactory, oracle: Ora
     assert ran.batches[0][1].reanchorings >= 1
 
 
+def ngrams(method: str) -> dict[str, Any]:
+    """Speculation on single tokens: texts of random models repeat little else."""
+    return {
+        "method": method,
+        "num_speculative_tokens": 2,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "asynchronous"),
+    [("ngram_gpu", True), pytest.param("ngram", False, marks=pytest.mark.slow)],
+)
+def test_v2_ngrams_equal_the_oracle(
+    method: str, asynchronous: bool, tiny_llama: ModelFactory, oracle: Oracle
+) -> None:
+    """Drafts stay on the device, in the place of the request, and outlive its evictions there."""
+    prompts, params = PROMPTS[1::2], GREEDY | {"max_tokens": 110}
+    batch = Batch(prompts, [params] * len(prompts))
+
+    ran = run_v2(
+        tiny_llama(SHAPE),
+        [batch],
+        watch=False,
+        async_scheduling=asynchronous,
+        speculative_config=ngrams(method),
+    )
+
+    verdict = judge(oracle, POLICY, prompts, ran.batches[0])
+    print(verdict, ran.drafts)
+    kind = "Async" if asynchronous else ""
+    assert ran.runner == "StreamingLLMCPUModelRunnerV2"
+    assert ran.scheduler == f"StreamingLLM{kind}Scheduler"
+    assert verdict.least_evictions >= 3
+    assert ran.batches[0][1].reanchorings >= 1
+    assert ran.drafts[0].pending >= 6
+    assert ran.drafts[0].accepted >= 10
+    assert min(len(set(result.tokens)) for result in ran.batches[0]) >= 30
+
+
 def test_v2_noise_is_a_function_of_the_stream_position(sync: Ran) -> None:
     """Streams with one seed draw the same noise at the same stream positions, evicted or not.
 
