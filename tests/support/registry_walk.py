@@ -163,7 +163,7 @@ def _row_of(config: Any, text_alone: bool) -> str | None:
 def walk() -> list[Answer]:
     """All architectures, in the order of vLLM's registry."""
     in_process = registry._run_in_subprocess
-    registry._run_in_subprocess = lambda look: look()  # a process each would take half an hour
+    registry._run_in_subprocess = lambda fn: fn()  # a process each would take half an hour
     try:
         return [answer(*one) for one in architectures()]
     finally:
