@@ -37,11 +37,7 @@ CASES: dict[str, tuple[Facts, str]] = {
     "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
     "multimodal M-RoPE": (Facts(mrope=True, multimodal=True, architecture="Qwen2VL"), "Qwen2VL"),
     "multimodal": (Facts(multimodal=True, architecture="Llava"), "Llava"),
-    "MLA": (
-        Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
-        "DeepseekV2ForCausalLM",
-    ),
-    "MLA without RoPE scaling": (
+    "MLA without RoPE scaling on CPUs": (
         Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),
         "DeepseekV3ForCausalLM",
     ),
@@ -71,6 +67,10 @@ CASES: dict[str, tuple[Facts, str]] = {
     "platform": (Facts(platform="xpu"), "xpu"),
     "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),
     "no chunked prefill": (Facts(chunked_prefill=False), "--no-enable-chunked-prefill"),
+    "packed latents": (
+        Facts(mla=True, rope_types=("yarn",), platform="cuda", kv_cache_dtype="fp8_ds_mla"),
+        "fp8_ds_mla",
+    ),
     "quantised KV cache": (Facts(kv_cache_dtype="fp8_e5m2"), "fp8_e5m2"),
     "fp8 KV cache on old CPUs": (
         Facts(kv_cache_dtype="fp8_e4m3", cpu_has_fp8_kernels=False),
@@ -140,7 +140,18 @@ def test_known_rope_scalings_are_accepted(rope_type: str) -> None:
 
 def test_latent_attention_is_accepted_on_cpus() -> None:
     """vLLM switches chunked prefill off for it."""
-    assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
+    facts = Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)
+    assert reason(facts) is None
+    assert reason(dataclasses.replace(facts, platform="cuda")) is not None
+
+
+@pytest.mark.parametrize("rope_type", ["default", "yarn"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", *FP8_KV_DTYPES])
+def test_latent_attention_is_accepted_on_gpus(rope_type: str, dtype: str) -> None:
+    """What is wrong without scaling is vLLM's CPU backend."""
+    facts = Facts(mla=True, rope_types=(rope_type,), platform="cuda", kv_cache_dtype=dtype)
+
+    assert reason(facts) is None
 
 
 def test_n_grams_are_accepted() -> None:
