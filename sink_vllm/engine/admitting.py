@@ -287,19 +287,19 @@ class AdmittingMixin(PreemptingMixin):
             if found is not None:
                 self.ledger.spare = max(self.admission.slack(), 0)
                 self.recycler.resume(request, found)
-        fitting = self._fit(request, num_computed_tokens, num_new_tokens)
         waits = request.status != RequestStatus.RUNNING
         if waits and num_new_tokens > request.num_tokens - num_computed_tokens == 1:
-            return self._without_padding(fitting)
-        return fitting
+            num_new_tokens = self._without_padding()
+        return self._fit(request, num_computed_tokens, num_new_tokens)
 
-    def _without_padding(self, fitting: int) -> int:
-        """The last token of a prompt comes with padding in place of drafts, if it comes alone, and
-        vLLM insists on as much of it as there are drafts. Where it does not fit, there are none:
-        for the rest of the loop over waiting requests, which ``_make_cached_request_data`` ends.
+    def _without_padding(self) -> int:
+        """Let the last token of a prompt come alone.
+
+        vLLM adds padding in place of drafts and insists on all of it; but it may go beyond the
+        capacity, and beyond the pages that the request was admitted with. The one thing both sides
+        of that read is the number of drafts. It is 0 for the rest of the loop over waiting
+        requests, which ``_make_cached_request_data`` ends.
         """
-        if not 0 < fitting <= self.num_spec_tokens:
-            return fitting
         self.num_spec_tokens = 0
         return 1
 

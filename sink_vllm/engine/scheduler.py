@@ -200,7 +200,10 @@ class StreamingLLMMixin(AdmittingMixin):
         req_to_new_blocks: dict[str, KVCacheBlocks],
     ) -> CachedRequestData:
         """Divert requests the workers have an outdated copy of: they leave as new requests."""
-        self.num_spec_tokens = self._most_drafts  # of all that follows; see `_without_padding`
+        if self.num_spec_tokens != self._most_drafts:  # see `_without_padding`
+            self.num_spec_tokens = self._most_drafts
+            for request_id in [one for one, drafts in spec_decode_tokens.items() if not drafts]:
+                del spec_decode_tokens[request_id]
         outdated = self.recycler.to_refresh
         if outdated:
             self._refreshed = [

@@ -119,17 +119,10 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
-        "MLA",
-        "multi-head latent attention on GPUs",
-        lambda f: _if(f.mla and f.platform != "cpu", f.architecture),
-        "its pages have been moved on CPUs only",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "MLA without RoPE scaling",
+        "MLA without RoPE scaling on CPUs",
         "multi-head latent attention without RoPE scaling on CPUs",
-        lambda f: _if(f.mla and "default" in f.rope_types, f.architecture),
-        "vLLM 0.32 itself rotates the wrong numbers there, a part of the latents",
+        lambda f: _if(f.mla and f.platform == "cpu" and "default" in f.rope_types, f.architecture),
+        "vLLM itself rotates the wrong numbers of queries there, in an op of its CPU backend",
         _OTHER_PLATFORM,
     ),
     Refusal(
@@ -265,10 +258,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "no chunked prefill",
         "chunked prefill switched off",
         # vLLM switches it off for latent attention on CPUs, which then goes token by token.
-        lambda f: _if(not f.chunked_prefill and not f.mla, "--no-enable-chunked-prefill"),
+        lambda f: _if(
+            not f.chunked_prefill and not (f.mla and f.platform == "cpu"),
+            "--no-enable-chunked-prefill",
+        ),
         "a prompt longer than the cache is computed in chunks, evicting between them",
         "drop --no-enable-chunked-prefill",
         final=True,
+    ),
+    Refusal(
+        "packed latents",
+        "rows of latent attention that are packed with scales",
+        lambda f: _if(f.kv_cache_dtype.endswith("_ds_mla"), f.kv_cache_dtype),
+        "nothing takes the rotated part out of such a row, in bytes between others",
+        "use --kv-cache-dtype fp8 or auto",
     ),
     Refusal(
         "quantised KV cache",

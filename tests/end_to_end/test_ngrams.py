@@ -25,6 +25,7 @@ STREAMS = 5  # that fit into the pool
 PROMPTS = [random_tokens(length, length) for length in (3, 95, 96, 97, 250)]
 GUESTS = [random_tokens(10, 40 + index) for index in range(7)]
 SHORT = [random_tokens(length, length) for length in (3, 20, 40)]
+RESENT = random_tokens(65, 8)
 MIN_TOKENS = 130
 NGRAMS: dict[str, Any] = {
     "method": "ngram",
@@ -59,6 +60,8 @@ BATCHES = {
     "33 tokens": batch(PROMPTS[:3], 33),
     "min_tokens": batch(PROMPTS[:3], 200, min_tokens=MIN_TOKENS, stop_token_ids=EVEN),
     "below capacity": BELOW,
+    "sent": batch([RESENT], 50, frequency_penalty=-0.3),
+    "resent": batch([RESENT], 50, frequency_penalty=-0.3),
 }
 NUMBER = {name: number for number, name in enumerate(BATCHES)}
 
@@ -120,6 +123,15 @@ def test_limits_count_tokens(ran: Ran) -> None:
         assert (one.finish_reason, last % 2) == ("stop", 0)
         assert len(tokens) >= MIN_TOKENS
         assert all(token % 2 for token in tokens)
+
+
+def test_a_prompt_that_is_cached_but_for_its_last_token(ran: Ran) -> None:
+    """vLLM would compute it with padding in place of drafts."""
+    (sent,), (resent,) = ran.batches[NUMBER["sent"]], ran.batches[NUMBER["resent"]]
+
+    assert resent.cached_tokens == 64
+    assert resent.tokens == sent.tokens
+    assert resent.evictions == 1
 
 
 def test_below_capacity_nothing_differs_from_stock(ran: Ran, tiny_llama: ModelFactory) -> None:

@@ -34,25 +34,24 @@ def test_a_turn_that_ends_among_accepted_drafts(wanted: int) -> None:
 
 
 @pytest.mark.parametrize("length", [5, 9])
-def test_padding_in_place_of_drafts_fits_or_is_left_out(length: int) -> None:
-    """A prompt whose last token alone is computed: vLLM pads it, though the capacity is near."""
+def test_padding_in_place_of_drafts_is_left_out(length: int) -> None:
+    """A prompt whose last token alone is computed: vLLM pads it, whatever fits."""
     watch = Watch(SETTINGS)
     prompt = random_tokens(length, 1)
     watch.send("first", prompt, 2)
     watch.run(lambda: watch.all_served)
-    padded = []
+    drafts = []
     observe = watch.core.model.observe
 
     def see(planned: object) -> None:
-        padded.extend(planned.scheduled_spec_decode_tokens.values())  # type: ignore[attr-defined]
+        drafts.extend(planned.scheduled_spec_decode_tokens.values())  # type: ignore[attr-defined]
         observe(planned)  # type: ignore[arg-type]
 
     watch.core.model.observe = see
     again = watch.send("again", prompt, 10)
     watch.step()
 
-    room = 12 - (length - 1)
-    assert padded == [[-1] * 7 if room >= 8 else []]
+    assert not drafts
     watch.finish()
     assert again.cached == length - 1
-    assert max(map(len, padded)) > 0  # drafts are made again in later steps
+    assert max(map(len, drafts)) > 0  # as many as before, from the next step on

@@ -36,11 +36,7 @@ CASES: dict[str, tuple[Facts, str]] = {
     "diffusion": (Facts(diffusion=True), "LlamaForCausalLM"),
     "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
-    "MLA": (
-        Facts(mla=True, platform="cuda", architecture="DeepseekV2ForCausalLM"),
-        "DeepseekV2ForCausalLM",
-    ),
-    "MLA without RoPE scaling": (
+    "MLA without RoPE scaling on CPUs": (
         Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),
         "DeepseekV3ForCausalLM",
     ),
@@ -81,6 +77,10 @@ CASES: dict[str, tuple[Facts, str]] = {
     "platform": (Facts(platform="xpu"), "xpu"),
     "Rust front end": (Facts(rust_frontend=True), "VLLM_USE_RUST_FRONTEND=1"),
     "no chunked prefill": (Facts(chunked_prefill=False), "--no-enable-chunked-prefill"),
+    "packed latents": (
+        Facts(mla=True, rope_types=("yarn",), platform="cuda", kv_cache_dtype="fp8_ds_mla"),
+        "fp8_ds_mla",
+    ),
     "quantised KV cache": (Facts(kv_cache_dtype="fp8_e5m2"), "fp8_e5m2"),
     "fp8 KV cache on old CPUs": (
         Facts(kv_cache_dtype="fp8_e4m3", cpu_has_fp8_kernels=False),
@@ -150,7 +150,18 @@ def test_known_rope_scalings_are_accepted(rope_type: str) -> None:
 
 def test_latent_attention_is_accepted_on_cpus() -> None:
     """vLLM switches chunked prefill off for it."""
-    assert reason(Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)) is None
+    facts = Facts(mla=True, rope_types=("yarn",), chunked_prefill=False)
+    assert reason(facts) is None
+    assert reason(dataclasses.replace(facts, platform="cuda")) is not None
+
+
+@pytest.mark.parametrize("rope_type", ["default", "yarn"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", *FP8_KV_DTYPES])
+def test_latent_attention_is_accepted_on_gpus(rope_type: str, dtype: str) -> None:
+    """What is wrong without scaling is vLLM's CPU backend."""
+    facts = Facts(mla=True, rope_types=(rope_type,), platform="cuda", kv_cache_dtype=dtype)
+
+    assert reason(facts) is None
 
 
 @pytest.mark.parametrize("positions", ["alibi", "none"])

@@ -140,6 +140,23 @@ def test_refused_models_are_refused(refused: Refused, tmp_path: Path) -> None:
     assert applied[:1] == [refused.row]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["DeepseekV2Config", "DeepseekV3Config", "Glm4MoeLiteConfig"])
+def test_latent_attention_passes_on_gpus(config: str, tmp_path: Path) -> None:
+    """Whatever its RoPE scaling is: that is vLLM's CPU backend's to get wrong."""
+    from vllm.config import ModelConfig
+
+    from sink_vllm.gate.facts import Facts
+
+    made = getattr(transformers, config)(architectures=[_architecture(config)])
+    made.save_pretrained(tmp_path)
+
+    facts = model_facts(ModelConfig(str(tmp_path), skip_tokenizer_init=True))
+
+    assert facts["mla"]
+    assert not [r.name for r in REFUSALS if r.reason(Facts(**facts, platform="cuda"))]
+
+
 def _architecture(config: str) -> str:
     """Name of the generative model class of a configuration."""
     names = {

@@ -117,14 +117,14 @@ SPECIAL = (
         name="DeepSeek-V2",
         quick=True,
         model="DeepseekV2",
-        special="latent attention (MLA; on CPUs only), yarn scaling",
+        special="latent attention (MLA), yarn scaling",
         page=16,
         settings={**LATENT, "q_lora_rank": None, "topk_method": "greedy"},
     ),
     Family(
         name="DeepSeek-V3",
         model="DeepseekV3",
-        special="latent attention (MLA; on CPUs only), latent queries",
+        special="latent attention (MLA), latent queries",
         page=16,
         settings={
             **LATENT,

@@ -75,6 +75,15 @@ None of this has run on a GPU yet. What a GPU adds is tested on a CPU: the V2 ru
 interpreter, asynchronous scheduling, and page moves in every memory layout that vLLM gives to
 FlashAttention, FlashInfer, Triton and FlexAttention, with fp8 too (`tests/worker/test_layouts.py`).
 
+Latent attention (DeepSeek V2 and V3, Kimi K2, and without RoPE scaling, which only vLLM's CPU
+backend gets wrong, Moonlight and GLM-4.7-Flash) is accepted on GPUs although whole streams have run
+on vLLM's CPU backend only. It rests on rows of `[latent | rotated part]` numbers being what vLLM
+writes for FlashInfer MLA, TokenSpeed, CUTLASS, FlashAttention MLA, FlashMLA and Triton MLA, in
+bfloat16 and with one scale of a layer in fp8: read in vLLM's own declarations, and moved on a CPU
+in every page size and memory layout (`tests/worker/test_latent_layouts.py`); and on what vLLM's
+Triton kernel reads from moved pages under an interpreter. The start-up self-test decides on the
+device.
+
 With `--kv-cache-dtype fp8` a key is rounded to 3 bits again whenever it is rotated: once for sinks,
 which are always rotated from the originals, and at every re-anchoring for the window. Keys beyond
 the range of the format become its largest numbers. Pages of vLLM's CPU attention in fp8 are moved

@@ -33,7 +33,7 @@ REFUSED = (
     Refused(
         name="Moonlight",
         config="DeepseekV3Config",
-        row="MLA without RoPE scaling",
+        row="MLA without RoPE scaling on CPUs",
     ),
     Refused(
         name="MiMo-V2-Flash",

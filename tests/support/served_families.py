@@ -73,18 +73,21 @@ SERVED = (
     Served(
         name="DeepSeek V3, R1, V3.1",
         architecture="DeepseekV3ForCausalLM",
-        refused="MLA",
+        tested="DeepSeek-V3",
+        caveat="on CPUs; on GPUs by the layouts of its pages, on CPU tensors",
     ),
     Served(name="DeepSeek V3.2", architecture="DeepseekV32ForCausalLM", refused="sparse attention"),
     Served(
         name="Kimi K2",
         architecture="DeepseekV3ForCausalLM",
-        refused="MLA",
+        tested="DeepSeek-V3",
+        caveat="on CPUs; on GPUs by the layouts of its pages, on CPU tensors",
     ),
     Served(
         name="Kimi K2.5 to 2.7",
         architecture="KimiK25ForConditionalGeneration",
-        refused="MLA",
+        tested="DeepSeek-V3",
+        caveat="the multimodal class around it was not run; on GPUs by the layouts of its pages",
     ),
     Served(
         name="Kimi K3", architecture="KimiK3ForConditionalGeneration", refused="recurrent layers"
@@ -93,7 +96,7 @@ SERVED = (
     Served(
         name="GLM-4.7-Flash",
         architecture="Glm4MoeLiteForCausalLM",
-        refused="MLA",
+        caveat="on GPUs by the layouts of its pages, on CPU tensors; refused on CPUs",
     ),
     Served(name="GLM-5", architecture="GlmMoeDsaForCausalLM", refused="sparse attention"),
     Served(name="MiniMax M2", architecture="MiniMaxM2ForCausalLM"),

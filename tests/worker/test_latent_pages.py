@@ -173,3 +173,17 @@ def test_start_up_on_a_cpu(tmp_path: Path) -> None:
     assert config.scheduler_config.max_num_batched_tokens >= 8037 + 8
     with pytest.raises(ValueError, match=r"^--block-size=32 is not 16, .*; use 16, or drop"):
         build(folder, block_size=32)
+
+
+def test_guard_vllms_cpu_rotation_turns_the_wrong_numbers_of_queries() -> None:
+    """Why models without RoPE scaling are refused on CPUs, and on CPUs only: the op takes the parts
+    of several heads for dense ones. When this fails, the row of the gate can go."""
+    with set_current_vllm_config(VllmConfig()):
+        rotary = get_rope(ROTATED, 256, is_neox_style=False, rope_parameters={"rope_theta": 1e4})
+    positions = torch.arange(100, 103)
+    queries, key = torch.randn(3, 4, 2 * ROTATED), torch.randn(3, 1, ROTATED)
+    expected, _ = rotary.forward_native(positions, queries[..., ROTATED:].clone(), key.clone())
+
+    found, _ = rotary.forward_cpu(positions, queries[..., ROTATED:], key)
+
+    assert not torch.allclose(found[:, 1:], expected[:, 1:], atol=0.1)

@@ -9,8 +9,17 @@ from sink_vllm.worker.pages.keys import KeyPages
 from sink_vllm.worker.pages.store import PageStore
 from sink_vllm.worker.pages.strided import LatentKeyPages, StridedKeyPages
 
-LATENT_BACKENDS = ("CPU_MLA",)
-"""Backends of multi-head latent attention whose pages have been moved by a test."""
+LATENT_BACKENDS = (
+    "CPU_MLA",
+    "FLASHINFER_MLA",
+    "FLASHMLA",
+    "FLASH_ATTN_MLA",
+    "CUTLASS_MLA",
+    "TOKENSPEED_MLA",
+    "TRITON_MLA",
+)
+"""Backends of multi-head latent attention whose pages have been moved by a test: all that vLLM
+chooses from on NVIDIA GPUs, but for sparse attention (``tests/worker/test_latent_layouts.py``)."""
 
 
 def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
@@ -21,10 +30,7 @@ def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
     """
     backend = layer.module.attn_backend.get_name()
     dtype = layer.cache_dtype
-    supported = [torch.float32, torch.bfloat16, torch.float16]
-    if not isinstance(layer.module, MLAAttention):
-        supported.append(torch.float8_e4m3fn)
-    if dtype not in supported:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         raise ValueError(
             f"{layer.name}: its KV cache of {str(dtype).removeprefix('torch.')} elements in "
             f"{backend} is not supported; use --kv-cache-dtype auto."
@@ -35,7 +41,8 @@ def key_pages_for(layer: AttentionLayer, store: PageStore) -> KeyPages:
         if backend not in LATENT_BACKENDS:
             raise ValueError(
                 f"{layer.name}: --kv-policy sink has not been tested with the pages of "
-                f"{backend}; use --attention-backend {' or '.join(LATENT_BACKENDS)}."
+                f"{backend}; use --attention-backend "
+                f"{'CPU_MLA' if layer.kv_cache.is_cpu else 'TRITON_MLA'}."
             )
         return LatentKeyPages(layer, store)
     return StridedKeyPages(layer, store)

@@ -10,8 +10,9 @@ without knowing it.
 
 Multi-head latent attention (MLA) caches one row per token for all heads: a latent, from which keys
 and values are computed, then the part of the key that is rotated
-(``MLACommonImpl.do_kv_cache_update``). To page moves the latter is the key and the former the
-value.
+(``MLAAttentionImpl.do_kv_cache_update``). To page moves the latter is the key and the former the
+value. In fp8 all of a row is divided by one scale of the layer; rows that are packed with scales of
+their own (``fp8_ds_mla``) have another length, and are refused.
 """
 
 from typing import TYPE_CHECKING, cast
