@@ -49,7 +49,7 @@ def latent_layers(
         nn.Module.__init__(module)
         module.kv_lora_rank, module.qk_rope_head_dim = LATENT, ROTATED
         module.head_size, module.kv_cache_dtype = LATENT + ROTATED, dtype
-        module.sliding_window = module.indexer = None
+        module.sliding_window = module.indexer = module.topk_buffer_width = None
         module.non_causal_multi_token_decode = False
         module._vllm_config = without_warm_up
         module.attn_backend = Backend(backend)
