@@ -101,6 +101,10 @@ class Answer:
     error: str | None = None
     """Why no ``ModelConfig`` could be made."""
 
+    @property
+    def accepted(self) -> bool:
+        return self.row is None and self.error is None
+
 
 def architectures() -> Iterator[tuple[str, bool]]:
     """Every generation architecture of vLLM's registry, and whether it takes media."""
@@ -146,8 +150,7 @@ def answer(architecture: str, multimodal: bool) -> Answer:
         if row == "multimodal" and not multimodal:  # vLLM lists it among the others
             multimodal, row = True, _row_of(config, True)
     except Exception as error:  # noqa: BLE001  # whatever a class does with its own defaults
-        lines = str(error).strip().splitlines() or [""]
-        return Answer(architecture, multimodal, stand_in, None, f"{type(error).__name__}: {lines}")
+        return Answer(architecture, multimodal, stand_in, None, f"{type(error).__name__}: {error}")
     return Answer(architecture, multimodal, stand_in, row)
 
 
@@ -185,15 +188,17 @@ configuration class, or Llama's, stands in for theirs.
 """
 
 
+_KINDS = (("Text", False), ("Multimodal, text alone", True))
+
+
 def markdown(answers: list[Answer], release: str) -> str:
     """The page of the documentation."""
     parts = [HEAD.format(release=release), _totals(answers)]
-    for title, multimodal in (("Text", False), ("Multimodal, text alone", True)):
+    for title, multimodal in _KINDS:
         of_kind = [one for one in answers if one.multimodal == multimodal]
-        what = {row.name: row.what for row in REFUSALS}
-        rows = {"accepted": [one for one in of_kind if one.row is None and one.error is None]}
-        for name in what:
-            rows[f"refused: {what[name]}"] = [one for one in of_kind if one.row == name]
+        rows = {"accepted": [one for one in of_kind if one.accepted]}
+        for row in REFUSALS:
+            rows[f"refused: {row.what}"] = [one for one in of_kind if one.row == row.name]
         rows["not asked: vLLM makes no `ModelConfig` of the defaults"] = [
             one for one in of_kind if one.error is not None
         ]
@@ -214,13 +219,12 @@ def _spelled(one: Answer) -> str:
 
 def _totals(answers: list[Answer]) -> str:
     lines = ["| | Architectures | Accepted | Refused | Not asked |", "|---|---:|---:|---:|---:|"]
-    for title, multimodal in (("Text", False), ("Multimodal, text alone", True)):
+    for title, multimodal in _KINDS:
         ones = [one for one in answers if one.multimodal == multimodal]
+        accepted = sum(one.accepted for one in ones)
         failed = sum(one.error is not None for one in ones)
         refused = sum(one.row is not None for one in ones)
-        lines.append(
-            f"| {title} | {len(ones)} | {len(ones) - failed - refused} | {refused} | {failed} |"
-        )
+        lines.append(f"| {title} | {len(ones)} | {accepted} | {refused} | {failed} |")
     return "\n".join(lines) + "\n"
 
 
