@@ -71,8 +71,10 @@ bench-full: $(STAMP) ## all throughput benchmarks; hours (ARGS="--scenarios stre
 bench-gpu: $(STAMP) ## what only a GPU shows: its tests, evictions, attention (needs DEVICE=gpu)
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-drift: $(STAMP) ## what another vLLM changes of all we stand on (VLLM=0.33.0, or a wheel; ARGS="--summary")
-	@$(BIN)/python -m patches.drift $(VLLM) $(ARGS)
+# VLLM names what to compare with here, which nothing is installed of.
+drift: ## what another vLLM changes of all we stand on (VLLM=0.33.0, or a wheel; ARGS="--summary")
+	@$(MAKE) --no-print-directory install VLLM=$(firstword $(LINES))
+	@.venv/bin/python -m patches.drift $(VLLM) $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format), mypy, and that imports go one way
 	@$(BIN)/ruff check

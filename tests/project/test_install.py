@@ -284,3 +284,18 @@ def test_lines_borrow_from_lines_that_borrow_nothing() -> None:
     borrowing = [line for line in lines.values() if line.compiled is not None]
     assert all(lines[str(line.compiled)].compiled is None for line in borrowing)
     assert all(line.version.startswith(f"{line.name}.") for line in lines.values())
+
+
+@pytest.mark.parametrize("release", ["0.31.0", "a/path/vllm-7.1.0-py3-none-any.whl"])
+def test_drift_runs_in_the_first_lines_environment(release: str) -> None:
+    """What it compares with is no line of ours, and has no environment."""
+    printed = subprocess.run(
+        ["make", "--dry-run", "drift", f"VLLM={release}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+    assert f".venv/bin/python -m patches.drift {release}" in printed
+    assert f"--vllm {release}" not in printed
