@@ -43,7 +43,11 @@ class Metrics:
     @classmethod
     def read(cls, url: str) -> "Metrics":
         with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-            return cls(tuple(text_string_to_metric_families(answer.read().decode())))
+            return cls.parse(answer.read().decode())
+
+    @classmethod
+    def parse(cls, text: str) -> "Metrics":
+        return cls(tuple(text_string_to_metric_families(text)))
 
     def total(self, name: str) -> float:
         """Sum of a metric over engines and labels; 0 when the server does not have it."""

@@ -124,7 +124,7 @@ def test_several_api_servers_are_added_up(tmp_path: Path, monkeypatch: pytest.Mo
     """Every step's numbers go to one of them; Prometheus' multiprocess mode sums them."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", _API_SERVER], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", _API_SERVER], check=True, timeout=300)
 
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)

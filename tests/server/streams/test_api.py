@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,17 @@ class _Api:
                     yield json.loads(line.removeprefix("data: "))
 
     def gauge(self, name: str) -> float:
-        return Metrics.read(self.url).total(f"sink_vllm:{name}")
+        return Metrics.parse(self.http.get("/metrics").text).total(f"sink_vllm:{name}")
+
+    def connect(self, connections: int) -> None:
+        """Have open connections: vLLM's server accepts no new ones, for seconds, while a model as
+        fast as this one generates several answers (stock vLLM too)."""
+        with ExitStack() as stack:
+            answers = [
+                stack.enter_context(self.http.stream("GET", "/health")) for _ in range(connections)
+            ]
+            for answer in answers:
+                answer.read()
 
     def complete(
         self, tokens: list[int], max_tokens: int, model: str = MODEL, **xargs: Any
@@ -403,14 +414,16 @@ def test_a_client_does_not_push_out_another(api: _Api) -> None:
 
 
 def test_streams_in_use_do_not_lock_out_another_client(api: _Api) -> None:
+    other = _Api(api.url, OTHER_KEY)
     ids = [api.create(tokens=[65 + n]) for n in range(MOST_STREAMS)]
+    api.connect(MOST_STREAMS + 1)
+    other.connect(1)
     turns = [api.events(stream_id, generate=GREEDY) for stream_id in ids]
     for turn in turns:
         next(turn)
     assert api.gauge("stored_streams_in_use") == MOST_STREAMS
 
     refused = api.http.post("/v1/streams", json={})
-    other = _Api(api.url, OTHER_KEY)
     theirs = other.create(tokens=[65])
 
     assert refused.status_code == 429
