@@ -99,6 +99,8 @@ class Engine:
     after_step: list[Callable[[], None]] = field(default_factory=list)
     poisoned: set[int] = field(default_factory=set)
     num_poisoned: int = 0
+    spare_cached: bool = True
+    """Leave free pages alone that the prefix cache may hand out; no prompt may begin alike else."""
     broken: bool = False
     """A step was left by an exception: requests hang in the engine, nothing more is learnt."""
 
@@ -151,10 +153,19 @@ class Engine:
 
     def poison_free_pages(self) -> None:
         """Fill K and V of all free pages with NaN, in all layers."""
-        free = {block.block_id for block in free_pages(self.pool) if block.block_hash is None}
+        free = {
+            block.block_id
+            for block in free_pages(self.pool)
+            if block.block_hash is None or not self.spare_cached
+        }
         self._fill(free - self.poisoned, torch.nan)
         self.num_poisoned += len(free - self.poisoned)
         self.poisoned |= free
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, which from now on may be used."""
+        assert self.llm.reset_prefix_cache()
+        self.spare_cached = True
 
     def _fill(self, pages: set[int], value: float) -> None:
         if pages:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tests.support.families_experts import EXPERTS
 from tests.support.families_media import MEDIA
 from tests.support.families_special import SPECIAL
 from tests.support.family import (
@@ -10,6 +11,7 @@ from tests.support.family import (
     HIDDEN,
     LAYERS,
     MAX_POSITIONS,
+    MINISTRAL_3,
     MOE,
     TIED,
     Family,
@@ -33,8 +35,6 @@ def longrope(original: int, partial_rotary_factor: float = 1.0) -> dict[str, Any
     }
 
 
-TEMPERATURE = 128
-"""Positions before queries are scaled: twice the cache, half of the table it would have."""
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
 GPT2_NAMES = {
     "n_embd": HIDDEN,
@@ -82,17 +82,7 @@ FAMILIES = (
         name="Ministral 3",
         model="Ministral3",
         special="queries scaled by their position, yarn scaling",
-        settings=rope(
-            "yarn",
-            factor=2.0,
-            original_max_position_embeddings=TEMPERATURE,
-            llama_4_scaling_beta=2.0,
-            mscale=1.0,
-            mscale_all_dim=1.0,
-        )
-        # vLLM reads it under the name of Mistral's own format only.
-        | {"llama_4_scaling": {"beta": 2.0, "original_max_position_embeddings": TEMPERATURE}}
-        | {"max_position_embeddings": 2 * TEMPERATURE},
+        settings=MINISTRAL_3,
     ),
     Family(
         name="Mixtral",
@@ -261,5 +251,6 @@ FAMILIES = (
         settings={"no_rope_layers": [1, 0, 1, 1], "num_hidden_layers": 4},
     ),
     *SPECIAL,
+    *EXPERTS,
     *MEDIA,
 )

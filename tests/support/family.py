@@ -5,6 +5,7 @@ Shapes are the least that shows what is special about a family; weights are scal
 spread.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from tests.support.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, _tokenizer
 
+FOR_TRANSFORMERS = "transformers"
 HIDDEN, HEADS, HEAD_SIZE, LAYERS, MAX_POSITIONS = 128, 4, 32, 2, 128
 
 
@@ -35,6 +37,8 @@ class Family:
     """Settings around those of the text, of a multimodal model that serves text alone."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Of the generation configuration, on top of special tokens."""
+    served_as: str | None = None
+    """Name of the architecture in vLLM, if it is not the one in transformers."""
     positions: str = "rope"
     backend: str = "vLLM"
     """Whose model code vLLM 0.32 runs: its own, that of transformers, or this project's."""
@@ -48,18 +52,28 @@ class Family:
     """Scale of the weights of layers; more where the embedding outweighs them and tokens repeat."""
     turned: str | None = None
     """Part of the names of weights that are transposed in published checkpoints."""
+    dropped: tuple[str, ...] = ()
+    """Parts of the names of weights that vLLM is not given."""
+    published: dict[str, Any] | None = None
+    """The configuration in the names of published checkpoints, where transformers has others."""
     quick: bool = False
     """Whether it is tested by default, for all that is like it."""
 
     @property
     def architecture(self) -> str:
+        """In transformers."""
         kind = "CausalLM" if self.media is None else "ConditionalGeneration"
         return f"{self.model.removesuffix('Text')}For{kind}"
 
     @property
+    def text_alone(self) -> bool:
+        """Whether vLLM runs its multimodal class, and is given texts only."""
+        return self.media is not None and self.published is None
+
+    @property
     def engine(self) -> dict[str, Any]:
         """Arguments for ``vllm.LLM``."""
-        alone = {} if self.media is None else {"language_model_only": True}
+        alone = {"language_model_only": True} if self.text_alone else {}
         return {"block_size": self.page, **alone}
 
     @property
@@ -77,11 +91,32 @@ def rope(rope_type: str = "default", **settings: Any) -> dict[str, Any]:
 
 
 TIED = {"tie_word_embeddings": True}
+ROUTING_BIAS = "use_routing_bias"
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+TEMPERATURE = 128
+"""Positions before queries are scaled: twice the cache, half of the table it would have."""
+MINISTRAL_3 = (
+    rope(
+        "yarn",
+        factor=2.0,
+        original_max_position_embeddings=TEMPERATURE,
+        llama_4_scaling_beta=2.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    )
+    # vLLM reads it under the name of Mistral's own format only.
+    | {"llama_4_scaling": {"beta": 2.0, "original_max_position_embeddings": TEMPERATURE}}
+    | {"max_position_embeddings": 2 * TEMPERATURE}
+)
 
 
 def write_family(folder: Path, family: Family) -> Path:
-    """Write configuration, weights and tokenizer of a tiny model of ``family``."""
+    """Write configuration, weights and tokenizer of a tiny model of ``family``.
+
+    Where vLLM reads another configuration than transformers, the one for transformers is in the
+    folder ``FOR_TRANSFORMERS`` inside, with weights of its own.
+    """
     config = config_of(family)
     model = family.model_class(config).float()
     _fill(model, family)
@@ -89,16 +124,24 @@ def write_family(folder: Path, family: Family) -> Path:
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **family.generation
     )
     model.save_pretrained(folder)
-    if family.turned is not None:
-        _turn(folder / "model.safetensors", family.turned)
+    if family.published is not None:
+        model.save_pretrained(folder / FOR_TRANSFORMERS)
+        (folder / "config.json").write_text(json.dumps(family.published))
+    _edit(folder / "model.safetensors", family)
     _tokenizer().save_pretrained(folder)
     return folder
 
 
-def _turn(file: Path, part: str) -> None:
+def _edit(file: Path, family: Family) -> None:
+    """Turn and drop what is otherwise in published checkpoints."""
+    if family.turned is None and not family.dropped:
+        return
     weights = load_file(file)
-    for name in [name for name in weights if part in name]:
-        weights[name] = weights[name].transpose(1, 2).contiguous()
+    for name in list(weights):
+        if any(part in name for part in family.dropped):
+            del weights[name]
+        elif family.turned is not None and family.turned in name:
+            weights[name] = weights[name].transpose(1, 2).contiguous()
     save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -119,7 +162,7 @@ def config_of(family: Family) -> PreTrainedConfig:
         "eos_token_id": EOS,
         "pad_token_id": PAD,
         "dtype": "float32",
-        "architectures": [family.architecture],
+        "architectures": [family.served_as or family.architecture],
     }
     if "n_embd" in family.settings or family.model in ("Bloom", "GPTNeoX", "Falcon", "Mpt"):
         for name in ("num_key_value_heads", "head_dim"):
@@ -142,7 +185,8 @@ def _fill(model: Any, family: Family) -> None:
     """Draw every weight, by what its name says it does."""
     generator = torch.Generator().manual_seed(0)
     tied = model.config.tie_word_embeddings
-    offset = 1.0 if family.model.startswith("Gemma") else 0.0  # their norms add one to the weight
+    gemma = family.model.startswith("Gemma")
+    offset = 1.0 if gemma or family.model == "Step3p7" else 0.0  # their norms add one to the weight
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -151,13 +195,16 @@ def _fill(model: Any, family: Family) -> None:
                 weight.copy_(0.1 * noise)
             elif weight.dim() == 1:  # norms: near one, but not exactly
                 peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
-                if offset and part.startswith("post_"):
+                if gemma and part.startswith("post_"):
                     peaked = 6.0  # or the embedding outweighs what layers add, and tokens repeat
                 weight.copy_(peaked * (1 + 0.1 * noise) - offset)
             elif weight is model.get_input_embeddings().weight:
                 weight.copy_(noise * (family.tied_gain / weight.shape[1] ** 0.5 if tied else 1.0))
             else:
                 weight.copy_(noise * family.gain * _gain(name) / weight.shape[-1] ** 0.5)
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias") and family.settings.get(ROUTING_BIAS, True):
+                bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
 
 
 def _gain(name: str) -> float:

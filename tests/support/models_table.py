@@ -133,7 +133,7 @@ def _served(one: Served) -> str:
 
 
 def _tested(family: Family) -> str:
-    special = family.special if family.media is None else f"text alone; {family.special}"
+    special = f"text alone; {family.special}" if family.text_alone else family.special
     return (
         f"| {family.name} | `{family.model}Config` | {special} | {family.backend} | exact | exact |"
     )

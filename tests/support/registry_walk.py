@@ -81,9 +81,6 @@ _STAND_IN = "llama"
 # What configuration classes leave open, and every checkpoint says.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "DeepseekV32ForCausalLM": {"index_topk": 2048},
-    "DeepseekV4ForCausalLM": {"index_topk": 512},
-    "MiMoV2FlashForCausalLM": {"swa_num_key_value_heads": 8},
-    "MiMoV2ForCausalLM": {"swa_num_key_value_heads": 8},
     "NemotronForCausalLM": {"num_key_value_heads": 8},
 }
 
