@@ -4,6 +4,7 @@ No decision is made here. Imports vLLM only inside the functions that read.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # How configurations that predate ``rope_parameters`` show that their model rotates.
 _LEGACY_ROPE_SETTINGS = ("rope_theta", "rotary_dim", "rotary_emb_base", "rope_ratio")
+_TEXT_ARCHITECTURE = re.compile(r'architectures=\["(\w+)"\]')
 # What ``layer_types`` calls attention over everything, over the last tokens, over one chunk (of a
 # size that bounds the capacity); and layers that have no other attention than these, or none.
 _STREAMING_LAYERS = (
@@ -208,21 +210,34 @@ def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
         return "alibi"
     if named == "nope" or (recurrent and named is None):  # beside rotary settings without effect
         return "none"
-    if rope or _setting(text, _LEGACY_ROPE_SETTINGS) is not None or _rotates(model_config):
+    if (
+        rope
+        or _setting(text, _LEGACY_ROPE_SETTINGS) is not None
+        or _rotates(model_config.architecture)
+    ):
         return "rope"
     return "none" if recurrent else "other"
 
 
-def _rotates(model_config: "ModelConfig") -> bool:
-    """Whether vLLM's code of the model makes rotary modules, whatever its configuration names."""
+def _rotates(architecture: str) -> bool:
+    """Whether vLLM's code of the model makes rotary modules, whatever its configuration names.
+
+    Code of multimodal models names the architecture of their text.
+    """
+    code = _code_of(architecture)
+    codes = [code, *map(_code_of, _TEXT_ARCHITECTURE.findall(code))]
+    return any("get_rope(" in one for one in codes)
+
+
+def _code_of(architecture: str) -> str:
+    """Read and not imported: models may ask for packages, and for a GPU."""
     from vllm.model_executor.models import ModelRegistry
 
-    # Read and not imported: models may ask for packages, and for a GPU.
-    module = getattr(ModelRegistry.models.get(model_config.architecture), "module_name", None)
+    module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
     spec = None if module is None else find_spec(module)
     if spec is None or spec.origin is None:
-        return False
-    return "get_rope(" in Path(spec.origin).read_text(encoding="utf-8")
+        return ""
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _has_other_layers(text_config: Any) -> bool:

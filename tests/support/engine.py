@@ -7,6 +7,8 @@ would survive. So a NaN in the output means that a page was read while it was fr
 """
 
 import gc
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -203,12 +205,18 @@ def greedy_params(num_tokens: int, **params: Any) -> SamplingParams:
 
 @contextmanager
 def running_engine(
-    model: Path, policy: Policy | None, *, guarded: bool = True, **engine_args: Any
+    model: Path,
+    policy: Policy | None,
+    *,
+    guarded: bool = True,
+    compiles: bool = False,
+    **engine_args: Any,
 ) -> Iterator[Engine]:
     """Start the engine with ``policy`` (``None``: stock vLLM) and stop it afterwards.
 
     Args:
         guarded: poison free pages and check the page accounts after every step.
+        compiles: vLLM's code of the model imports numba.
         engine_args: for ``vllm.LLM``; the defaults are a small pool and float32.
     """
     defaults: dict[str, Any] = {
@@ -229,6 +237,8 @@ def running_engine(
             # vLLM collects garbage ten times while it starts: seconds in a process with so many
             # modules. What there is goes in the collection at the end.
             starting.setattr(gc, "collect", lambda *_: 0)
+            if compiles:
+                _hide_llvmlite(starting)
             engine = Engine(LLM(str(model), **(defaults | engine_args)))
         if guarded:
             engine.after_step += [lambda: check_pages(engine), engine.poison_free_pages]
@@ -241,6 +251,16 @@ def running_engine(
             engine.after_step.clear()
             del engine.llm
             cleanup_dist_env_and_memory()  # it collects garbage
+
+
+def _hide_llvmlite(patch: pytest.MonkeyPatch) -> None:
+    """Take numba's compiler off the list of modules, all of which vLLM looks through on a CPU.
+
+    It stumbles over an object there that has no dictionary, and does not start.
+    """
+    importlib.import_module("numba")
+    for name in [name for name in sys.modules if name.split(".")[0] == "llvmlite"]:
+        patch.delitem(sys.modules, name)
 
 
 @contextmanager

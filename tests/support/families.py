@@ -73,6 +73,12 @@ FAMILIES = (
         settings=YARN,
     ),
     Family(
+        name="Llama, proportional scaling",
+        model="Llama",
+        special="a part of the pairs, with the frequencies of all (as in Gemma 4)",
+        settings=rope("proportional", partial_rotary_factor=0.5),
+    ),
+    Family(
         name="Mistral",
         model="Mistral",
         special="GQA, no sliding window",
@@ -148,6 +154,7 @@ FAMILIES = (
     ),
     Family(
         name="Falcon 40B",
+        gain=1.5,
         model="Falcon",
         special="GQA, two norms",
         settings={"new_decoder_architecture": True, "alibi": False, "num_kv_heads": 2, **FALCON},

@@ -190,5 +190,19 @@ MEDIA = (
             },
             "projection_hidden_size": 32,
         },
+        dropped=("vision_tower.", "multi_modal_projector.", "mm_projector."),
+        processor={
+            "media_proc_cfg": {
+                "patch_size": 14,
+                "merge_kernel_size": 2,
+                "temporal_merge_kernel_size": 1,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+                "in_patch_limit": 16,
+                "in_patch_limit_each_frame": None,
+                "patch_limit_on_one_side": 4,
+                "fixed_output_tokens": None,
+            }
+        },
     ),
 )

@@ -35,6 +35,8 @@ class Family:
     """Of the configuration, on top of the common ones."""
     media: dict[str, Any] | None = None
     """Settings around those of the text, of a multimodal model that serves text alone."""
+    processor: dict[str, Any] | None = None
+    """Of images, for a class that compiles one with numba, whatever it serves."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Of the generation configuration, on top of special tokens."""
     served_as: str | None = None
@@ -50,6 +52,8 @@ class Family:
     """Scale of embeddings that are the output's weights, too."""
     gain: float = 1.0
     """Scale of the weights of layers; more where the embedding outweighs them and tokens repeat."""
+    distinct: int = 100
+    """How many different tokens streams have at least: a model that repeats itself shows little."""
     turned: str | None = None
     """Part of the names of weights that are transposed in published checkpoints."""
     dropped: tuple[str, ...] = ()
@@ -72,9 +76,10 @@ class Family:
 
     @property
     def engine(self) -> dict[str, Any]:
-        """Arguments for ``vllm.LLM``."""
+        """Arguments for ``running_engine``."""
         alone = {"language_model_only": True} if self.text_alone else {}
-        return {"block_size": self.page, **alone}
+        compiles = {"compiles": True} if self.processor is not None else {}
+        return {"block_size": self.page, **alone, **compiles}
 
     @property
     def model_class(self) -> Any:
@@ -127,6 +132,12 @@ def write_family(folder: Path, family: Family) -> Path:
     if family.published is not None:
         model.save_pretrained(folder / FOR_TRANSFORMERS)
         (folder / "config.json").write_text(json.dumps(family.published))
+    if family.served_as is not None:
+        written = json.loads((folder / "config.json").read_text())
+        written["architectures"] = [family.served_as]
+        (folder / "config.json").write_text(json.dumps(written))
+    if family.processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(family.processor))
     _edit(folder / "model.safetensors", family)
     _tokenizer().save_pretrained(folder)
     return folder
@@ -162,7 +173,7 @@ def config_of(family: Family) -> PreTrainedConfig:
         "eos_token_id": EOS,
         "pad_token_id": PAD,
         "dtype": "float32",
-        "architectures": [family.served_as or family.architecture],
+        "architectures": [family.architecture],
     }
     if "n_embd" in family.settings or family.model in ("Bloom", "GPTNeoX", "Falcon", "Mpt"):
         for name in ("num_key_value_heads", "head_dim"):
