@@ -63,7 +63,7 @@ def test_family_streams_exactly(
         still = [not layer.rotation for layer in engine.runner.attention_layers]
         model = type(engine.runner.get_model()).__name__
         engine.forget_prefixes()
-        conversation = list(converse(engine))
+        conversation = list(converse(engine, family.resumed))
         check_all_free(engine)
 
     oracle = HFOracle(folder)
@@ -75,12 +75,14 @@ def test_family_streams_exactly(
         judge(oracle, POLICY, prompts, answers)
 
 
-def converse(engine: Engine) -> Iterator[tuple[list[list[int]], list[Generated]]]:
+def converse(engine: Engine, resumed: bool) -> Iterator[tuple[list[list[int]], list[Generated]]]:
     """A conversation past its capacity, sent again with a new turn beside a stream that starts.
 
+    Args:
+        resumed: it is to go on from cached pages behind evictions; else it is computed anew.
+
     Yields:
-        What was sent, and the answers. That the second turn goes on from cached pages behind
-        evictions is asserted here; that its tokens are those of one stream is the judge's to say.
+        What was sent, and the answers, whose tokens are the judge's to say.
     """
     sent = random_tokens(2 * POLICY.capacity, 1)
     (answer,) = engine.greedy([sent], TURN)
@@ -88,7 +90,7 @@ def converse(engine: Engine) -> Iterator[tuple[list[list[int]], list[Generated]]
     yield [sent], [answer]
     resent = [[*sent, *answer.tokens, *random_tokens(25, 2)], random_tokens(20, 3)]
     answers = engine.greedy(resent, TURN)
-    assert answers[0].cached_tokens > POLICY.capacity
+    assert (answers[0].cached_tokens > POLICY.capacity) is resumed
     yield resent, answers
 
 

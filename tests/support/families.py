@@ -188,6 +188,7 @@ FAMILIES = (
     Family(
         name="Falcon-RW",
         quick=True,
+        distinct=90,
         model="Falcon",
         special="ALiBi",
         positions="alibi",
@@ -211,6 +212,9 @@ FAMILIES = (
     Family(
         name="MPT",
         quick=True,
+        gain=3.0,
+        tied_gain=1.0,
+        distinct=90,  # what is clipped says less
         model="Mpt",
         special="ALiBi, clipped projections",
         positions="alibi",

@@ -190,7 +190,8 @@ MEDIA = (
             },
             "projection_hidden_size": 32,
         },
-        dropped=("vision_tower.", "multi_modal_projector.", "mm_projector."),
+        renamed=(".blocks.", ".layers."),
+        dropped=("vision_tower.", "mm_projector."),
         processor={
             "media_proc_cfg": {
                 "patch_size": 14,

@@ -110,6 +110,7 @@ SPECIAL = (
     ),
     Family(
         name="Command R7B",
+        gain=2.0,
         model="Cohere2",
         special="hybrid, full attention without rotation (NoPE), window into the sinks",
         still=(3,),

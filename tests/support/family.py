@@ -56,6 +56,8 @@ class Family:
     """How many different tokens streams have at least: a model that repeats itself shows little."""
     turned: str | None = None
     """Part of the names of weights that are transposed in published checkpoints."""
+    renamed: tuple[str, str] | None = None
+    """A part of their names that transformers writes, and what it is in published checkpoints."""
     dropped: tuple[str, ...] = ()
     """Parts of the names of weights that vLLM is not given."""
     published: dict[str, Any] | None = None
@@ -73,6 +75,11 @@ class Family:
     def text_alone(self) -> bool:
         """Whether vLLM runs its multimodal class, and is given texts only."""
         return self.media is not None and self.published is None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether a CPU keeps prefixes: vLLM does not for latent attention."""
+        return "kv_lora_rank" not in self.settings
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -144,15 +151,16 @@ def write_family(folder: Path, family: Family) -> Path:
 
 
 def _edit(file: Path, family: Family) -> None:
-    """Turn and drop what is otherwise in published checkpoints."""
-    if family.turned is None and not family.dropped:
+    """Rename, turn and drop what is otherwise in published checkpoints."""
+    if family.turned is None and family.renamed is None and not family.dropped:
         return
-    weights = load_file(file)
-    for name in list(weights):
+    weights = {}
+    for name, weight in load_file(file).items():
         if any(part in name for part in family.dropped):
-            del weights[name]
-        elif family.turned is not None and family.turned in name:
-            weights[name] = weights[name].transpose(1, 2).contiguous()
+            continue
+        turned = family.turned is not None and family.turned in name
+        known = name if family.renamed is None else name.replace(*family.renamed)
+        weights[known] = weight.transpose(1, 2).contiguous() if turned else weight
     save_file(weights, file, metadata={"format": "pt"})
 
 

@@ -241,6 +241,9 @@ class HFModel:
             # It was trained with one token more than its window says; vLLM adds it, transformers
             # does not.
             config.sliding_window += 1
+        if config.model_type == "kimi_k25":
+            # Its tokens that stand for media are masked, media or not; in a text they are tokens.
+            config.image_token_id = config.video_token_id = -1
         # Multimodal models have no entry among causal language models.
         known = type(config).__name__.replace("Config", "ForConditionalGeneration")
         model_class = getattr(transformers, config.architectures[0], None)

@@ -6,7 +6,8 @@ at that, for a GPU. Multimodal ones are asked for their text side (``--language-
 
 Default configurations flatter some checkpoints and wrong others, and where an architecture comes
 with remote code only, the nearest configuration class stands in for its own: the table says what
-the gate does, not what streams.
+the gate does, not what streams. So does one for the text of a multimodal model whose configuration
+leaves it open.
 """
 
 import copy
@@ -118,6 +119,7 @@ _WRITTEN: dict[str, dict[str, str | None]] = {
     "HfMoondream": {"text_config": None, "vision_config": None},
     "Moondream3ForCausalLM": {"text_config": None, "vision_config": None},
     "Ovis": {"text_config": "llm_config"},
+    "UltravoxModel": {"wrapped_model_config": "text_config"},
 }
 # What modules of vLLM import for media, and nothing here needs.
 _ABSENT = ("timm", "torchaudio")
@@ -258,7 +260,8 @@ that. Multimodal architectures are asked for their text (`--language-model-only`
 *Accepted* is the gate's word, not a stream: the start-up self-test still decides, and
 [models.md](models.md) says what has been compared with a judge. Default configurations flatter some
 checkpoints and wrong others. Names in *italics* come with remote code only, and the nearest
-configuration class, or Llama's, stands in for theirs.
+configuration class, or Llama's, stands in for theirs; or their configuration leaves the text open,
+and that of another model stands in for it.
 """
 
 
