@@ -4,11 +4,11 @@ Experts are few and as many as vLLM's CPU kernels take; routers are far from tie
 would choose another expert than the judge's.
 """
 
+from tests.support.families_media import IMAGE
 from tests.support.families_special import LATENT
 from tests.support.family import HEAD_SIZE, HEADS, HIDDEN, MAX_POSITIONS, Family, rope
 from tests.support.tiny_models import BOS, EOS, LLAMA3_ROPE, PAD, VOCAB_SIZE
 
-IMAGE = 289
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 BIASED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **ROUTED}
 SOFTMAX = {"scoring_func": "softmax", "use_routing_bias": False}

@@ -103,7 +103,6 @@ def rope(rope_type: str = "default", **settings: Any) -> dict[str, Any]:
 
 
 TIED = {"tie_word_embeddings": True}
-ROUTING_BIAS = "use_routing_bias"
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 TEMPERATURE = 128
@@ -222,7 +221,7 @@ def _fill(model: Any, family: Family) -> None:
             else:
                 weight.copy_(noise * family.gain * _gain(name) / weight.shape[-1] ** 0.5)
         for name, bias in model.named_buffers():
-            if name.endswith("e_score_correction_bias") and family.settings.get(ROUTING_BIAS, True):
+            if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
 
 
