@@ -56,7 +56,12 @@ EXPERTS = (
         model="Glm4MoeLite",
         special="latent attention (MLA), latent queries",
         page=16,
-        settings={**LATENT, "q_lora_rank": 64, "mlp_layer_types": ["dense", "sparse"]},
+        settings={
+            **LATENT,
+            "q_lora_rank": 64,
+            "mlp_layer_types": ["dense", "sparse"],
+            "rms_norm_eps": 1e-6,  # what transformers takes for latents, whatever is said here
+        },
     ),
     Family(
         name="MiniMax M2",
