@@ -35,7 +35,6 @@ REFUSED = (
         config="DeepseekV3Config",
         row="MLA without RoPE scaling on CPUs",
     ),
-    Refused(name="DeepSeek V4", config="DeepseekV4Config", row="sparse attention"),
     Refused(name="MiMo-V2-Flash", config="MiMoV2FlashConfig", row="unequal layers"),
     Refused(name="HunYuan", config="HunYuanDenseV1Config", row="scaling after rotation"),
     Refused(name="MiniCPM3", config="MiniCPM3Config", row="hidden latents"),
