@@ -4,6 +4,7 @@ No decision is made here. Imports vLLM only inside the functions that read.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # How configurations that predate ``rope_parameters`` show that their model rotates.
 _LEGACY_ROPE_SETTINGS = ("rope_theta", "rotary_dim", "rotary_emb_base", "rope_ratio")
+_TEXT_ARCHITECTURE = re.compile(r'architectures=\["(\w+)"\]')
 # What ``layer_types`` calls attention over everything, over the last tokens, over one chunk (of a
 # size that bounds the capacity); and layers that have no other attention than these, or none.
 _STREAMING_LAYERS = (
@@ -26,6 +28,10 @@ _STREAMING_LAYERS = (
 )
 _CHUNKED_ATTENTION_SETTINGS = ("dual_chunk_attention_config", "rswa_window")
 _SPARSE_ATTENTION_SETTINGS = ("index_topk", "sparse_attention_config", "sparse_attn_config")
+# What configurations of default values do not say, and the classes that vLLM runs do.
+_SPARSE_CLASSES = ("DeepseekV4",)
+_UNEQUAL_CLASSES = ("MiMoV2",)  # windows have heads of their own
+_SCALED_CLASSES = ("HunYuan",)  # norms with weights follow the rotation
 _POSITION_SCALING_SETTINGS = ("llama_4_scaling", "llama_4_scaling_beta", "use_logn_attn")
 """Of which ``Temperature`` knows the first step, or not."""
 
@@ -55,6 +61,8 @@ class Facts:
     however short it is."""
     unequal_layers: bool = False
     shared_kv_layers: int = 0
+    scaled_after_rotation: bool = False
+    """Keys and queries are multiplied by weights, number by number, once they are rotated."""
     mla: bool = False
     hidden_latents: str | None = None
     """The setting by which keys are of low rank, though vLLM manages no latents."""
@@ -138,8 +146,9 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
     text = model_config.hf_text_config
     architecture = model_config.model_arch_config
     rope = rope_parameters(text)
+    name = model_config.architecture
     return {
-        "architecture": model_config.architecture,
+        "architecture": name,
         "positions": _positions(model_config, rope),
         "rope_types": tuple(sorted({_rope_type(parameters) for parameters in rope})),
         "transformers_backend": model_config.using_transformers_backend(),
@@ -150,13 +159,17 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "multimodal": model_config.supports_multimodal_inputs,
         "foreign_mrope": _foreign_mrope(model_config),
         "chunked_attention": _chunked_attention(text),
-        "unequal_layers": architecture.per_layer_overrides is not None or _has_other_layers(text),
+        "unequal_layers": architecture.per_layer_overrides is not None
+        or _has_other_layers(text)
+        or name.startswith(_UNEQUAL_CLASSES),
         "shared_kv_layers": getattr(text, "num_kv_shared_layers", 0) or 0,
+        "scaled_after_rotation": name.startswith(_SCALED_CLASSES),
         "mla": model_config.use_mla,
         "hidden_latents": None if model_config.use_mla else _setting(text, ("kv_lora_rank",)),
         "static_sinks": _setting(text, ("param_sink_number",)),
         "prefix_lm": getattr(text, "prefix_lm", None) is not None,
-        "sparse_attention": _setting(text, _SPARSE_ATTENTION_SETTINGS) is not None,
+        "sparse_attention": _setting(text, _SPARSE_ATTENTION_SETTINGS) is not None
+        or name.startswith(_SPARSE_CLASSES),
         # Attention in both directions over images alone ends with the images.
         "bidirectional": not getattr(text, "is_causal", True)
         or (model_config.is_mm_prefix_lm and not model_config.supports_multimodal_inputs),
@@ -197,21 +210,34 @@ def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
         return "alibi"
     if named == "nope" or (recurrent and named is None):  # beside rotary settings without effect
         return "none"
-    if rope or _setting(text, _LEGACY_ROPE_SETTINGS) is not None or _rotates(model_config):
+    if (
+        rope
+        or _setting(text, _LEGACY_ROPE_SETTINGS) is not None
+        or _rotates(model_config.architecture)
+    ):
         return "rope"
     return "none" if recurrent else "other"
 
 
-def _rotates(model_config: "ModelConfig") -> bool:
-    """Whether vLLM's code of the model makes rotary modules, whatever its configuration names."""
+def _rotates(architecture: str) -> bool:
+    """Whether vLLM's code of the model makes rotary modules, whatever its configuration names.
+
+    Code of multimodal models names the architecture of their text.
+    """
+    code = _code_of(architecture)
+    codes = [code, *map(_code_of, _TEXT_ARCHITECTURE.findall(code))]
+    return any("get_rope(" in one for one in codes)
+
+
+def _code_of(architecture: str) -> str:
+    """Read and not imported: models may ask for packages, and for a GPU."""
     from vllm.model_executor.models import ModelRegistry
 
-    # Read and not imported: models may ask for packages, and for a GPU.
-    module = getattr(ModelRegistry.models.get(model_config.architecture), "module_name", None)
+    module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
     spec = None if module is None else find_spec(module)
     if spec is None or spec.origin is None:
-        return False
-    return "get_rope(" in Path(spec.origin).read_text(encoding="utf-8")
+        return ""
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _has_other_layers(text_config: Any) -> bool:

@@ -176,6 +176,13 @@ REFUSALS: tuple[Refusal, ...] = (
         final=True,
     ),
     Refusal(
+        "scaling after rotation",
+        "keys that are scaled, number by number, after their rotation",
+        lambda f: _if(f.scaled_after_rotation, f.architecture),
+        "scores then depend on positions themselves, and not on their differences alone",
+        _OTHER_MODEL,
+    ),
+    Refusal(
         "RoPE scaling",
         "RoPE scaling other than " + ", ".join(KNOWN_ROPE_TYPES),
         lambda f: [t for t in f.rope_types if t not in KNOWN_ROPE_TYPES],

@@ -22,6 +22,7 @@ from tests.support.engine import (
 )
 from tests.support.judge import judge, random_tokens
 from tests.support.oracle import Oracle
+from tests.support.preemptions import watch_preemptions
 from tests.support.tiny_models import TinyLlama
 
 pytestmark = pytest.mark.engine
@@ -73,15 +74,13 @@ class Crowd:
                 )
             )
         crowd = cls(engine, clients)
-        preempt = engine.scheduler._preempt_request
 
-        def counting_preempt(request: Any, *args: Any, **kwargs: Any) -> None:
+        def count(request: Any) -> None:
             crowd.preempted.add(request.request_id)
             ledger = engine.scheduler.ledger
             crowd.evicted_then_preempted += ledger.pinned(0, request.request_id) is not None
-            preempt(request, *args, **kwargs)
 
-        engine.scheduler._preempt_request = counting_preempt
+        watch_preemptions(engine.scheduler, before=count)
         return crowd
 
     def run(self, seed: int) -> None:

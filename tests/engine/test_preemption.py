@@ -20,6 +20,7 @@ from tests.support.engine import (
 )
 from tests.support.judge import TOLERANCE, judge, random_tokens
 from tests.support.oracle import Oracle
+from tests.support.preemptions import watch_preemptions
 from tests.support.tiny_models import TinyLlama
 
 pytestmark = pytest.mark.engine
@@ -65,14 +66,12 @@ def live(
         max_tokens: what each client asks for, which hangs up after ``NUM_TOKENS``.
     """
     lives = [Life(prompt) for prompt in prompts]
-    preempt = engine.scheduler._preempt_request
 
-    def recording_preempt(request: Any, *args: Any, **kwargs: Any) -> None:
-        preempt(request, *args, **kwargs)
+    def record(request: Any) -> None:
         life = lives[int(request.request_id.split("-")[0])]
         life.restarts.append((life.generated, list(request._all_token_ids)))
 
-    engine.scheduler._preempt_request = recording_preempt
+    watch_preemptions(engine.scheduler, after=record)
     llm = engine.llm.llm_engine
     for index, prompt in enumerate(prompts):
         params = greedy_params(max_tokens(prompt) if max_tokens else NUM_TOKENS)

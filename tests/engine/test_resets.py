@@ -23,6 +23,7 @@ from tests.support.engine import (
 )
 from tests.support.judge import TOLERANCE, random_tokens
 from tests.support.oracle import Oracle
+from tests.support.preemptions import watch_preemptions
 from tests.support.tiny_models import TinyLlama
 
 pytestmark = pytest.mark.engine
@@ -88,18 +89,17 @@ class Crowd:
         self._engine = engine
         self._llm = engine.llm.llm_engine
         self.answers: dict[str, Answer] = {}
-        self._preempt = engine.scheduler._preempt_request
+        self._unwatch: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Crowd":
-        self._engine.scheduler._preempt_request = self._recording_preempt
+        self._unwatch = watch_preemptions(self._engine.scheduler, after=self._record)
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._llm.abort_request(list(self.answers), internal=False)  # if something went wrong
-        self._engine.scheduler._preempt_request = self._preempt
+        self._unwatch()
 
-    def _recording_preempt(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        self._preempt(request, *args, **kwargs)
+    def _record(self, request: Any) -> None:
         answer = self.answers[request.request_id.split("-")[0]]
         pending = self._engine.scheduler.recycler.streams[request.request_id].pending
         answer.begin = [*request._all_token_ids, *pending]

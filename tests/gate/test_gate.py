@@ -56,6 +56,10 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(positions="other", rope_types=(), architecture="GPT2LMHeadModel"),
         "GPT2LMHeadModel",
     ),
+    "scaling after rotation": (
+        Facts(architecture="HunYuanDenseV1ForCausalLM", scaled_after_rotation=True),
+        "HunYuanDenseV1ForCausalLM",
+    ),
     "RoPE scaling": (Facts(rope_types=("default", "fope")), "['fope']"),
     "RoPE of transformers that depends on the length": (
         Facts(rope_types=("longrope",), transformers_backend=True),

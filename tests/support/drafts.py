@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tests.support.preemptions import watch_preemptions
+
 
 @dataclass(slots=True)
 class Drafts:
@@ -20,7 +22,6 @@ def watch_drafts(scheduler: Any) -> Drafts:
     """Count from now on, for as long as ``scheduler`` lives."""
     drafts = Drafts()
     update, evict = scheduler.update_from_output, scheduler.recycler.evict
-    preempt = scheduler._preempt_request
 
     def counted_update(planned: Any, ran: Any) -> Any:
         for request_id, tokens in planned.scheduled_spec_decode_tokens.items():
@@ -35,11 +36,10 @@ def watch_drafts(scheduler: Any) -> Drafts:
         drafts.pending += evicted and pending
         return evicted
 
-    def counted_preempt(*args: Any, **kwargs: Any) -> None:
+    def count_preemption(_: Any) -> None:
         drafts.preemptions += 1
-        preempt(*args, **kwargs)
 
     scheduler.update_from_output = counted_update
     scheduler.recycler.evict = counted_evict
-    scheduler._preempt_request = counted_preempt
+    watch_preemptions(scheduler, before=count_preemption)
     return drafts

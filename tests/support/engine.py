@@ -7,6 +7,8 @@ would survive. So a NaN in the output means that a page was read while it was fr
 """
 
 import gc
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,6 +101,8 @@ class Engine:
     after_step: list[Callable[[], None]] = field(default_factory=list)
     poisoned: set[int] = field(default_factory=set)
     num_poisoned: int = 0
+    spare_cached: bool = True
+    """Leave free pages alone that the prefix cache may hand out; no prompt may begin alike else."""
     broken: bool = False
     """A step was left by an exception: requests hang in the engine, nothing more is learnt."""
 
@@ -151,10 +155,19 @@ class Engine:
 
     def poison_free_pages(self) -> None:
         """Fill K and V of all free pages with NaN, in all layers."""
-        free = {block.block_id for block in free_pages(self.pool) if block.block_hash is None}
+        free = {
+            block.block_id
+            for block in free_pages(self.pool)
+            if block.block_hash is None or not self.spare_cached
+        }
         self._fill(free - self.poisoned, torch.nan)
         self.num_poisoned += len(free - self.poisoned)
         self.poisoned |= free
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, which from now on may be used."""
+        assert self.llm.reset_prefix_cache()
+        self.spare_cached = True
 
     def _fill(self, pages: set[int], value: float) -> None:
         if pages:
@@ -192,12 +205,18 @@ def greedy_params(num_tokens: int, **params: Any) -> SamplingParams:
 
 @contextmanager
 def running_engine(
-    model: Path, policy: Policy | None, *, guarded: bool = True, **engine_args: Any
+    model: Path,
+    policy: Policy | None,
+    *,
+    guarded: bool = True,
+    compiles: bool = False,
+    **engine_args: Any,
 ) -> Iterator[Engine]:
     """Start the engine with ``policy`` (``None``: stock vLLM) and stop it afterwards.
 
     Args:
         guarded: poison free pages and check the page accounts after every step.
+        compiles: vLLM's code of the model imports numba.
         engine_args: for ``vllm.LLM``; the defaults are a small pool and float32.
     """
     defaults: dict[str, Any] = {
@@ -218,6 +237,8 @@ def running_engine(
             # vLLM collects garbage ten times while it starts: seconds in a process with so many
             # modules. What there is goes in the collection at the end.
             starting.setattr(gc, "collect", lambda *_: 0)
+            if compiles:
+                _hide_llvmlite(starting)
             engine = Engine(LLM(str(model), **(defaults | engine_args)))
         if guarded:
             engine.after_step += [lambda: check_pages(engine), engine.poison_free_pages]
@@ -230,6 +251,16 @@ def running_engine(
             engine.after_step.clear()
             del engine.llm
             cleanup_dist_env_and_memory()  # it collects garbage
+
+
+def _hide_llvmlite(patch: pytest.MonkeyPatch) -> None:
+    """Take numba's compiler off the list of modules, all of which vLLM looks through on a CPU.
+
+    It stumbles over an object there that has no dictionary, and does not start.
+    """
+    importlib.import_module("numba")
+    for name in [name for name in sys.modules if name.split(".")[0] == "llvmlite"]:
+        patch.delitem(sys.modules, name)
 
 
 @contextmanager

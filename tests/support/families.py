@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tests.support.families_experts import EXPERTS
 from tests.support.families_media import MEDIA
 from tests.support.families_special import SPECIAL
 from tests.support.family import (
@@ -10,6 +11,7 @@ from tests.support.family import (
     HIDDEN,
     LAYERS,
     MAX_POSITIONS,
+    MINISTRAL_3,
     MOE,
     TIED,
     Family,
@@ -33,8 +35,6 @@ def longrope(original: int, partial_rotary_factor: float = 1.0) -> dict[str, Any
     }
 
 
-TEMPERATURE = 128
-"""Positions before queries are scaled: twice the cache, half of the table it would have."""
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
 GPT2_NAMES = {
     "n_embd": HIDDEN,
@@ -73,6 +73,12 @@ FAMILIES = (
         settings=YARN,
     ),
     Family(
+        name="Llama, proportional scaling",
+        model="Llama",
+        special="a part of the pairs, with the frequencies of all (as in Gemma 4)",
+        settings=rope("proportional", partial_rotary_factor=0.5),
+    ),
+    Family(
         name="Mistral",
         model="Mistral",
         special="GQA, no sliding window",
@@ -82,17 +88,7 @@ FAMILIES = (
         name="Ministral 3",
         model="Ministral3",
         special="queries scaled by their position, yarn scaling",
-        settings=rope(
-            "yarn",
-            factor=2.0,
-            original_max_position_embeddings=TEMPERATURE,
-            llama_4_scaling_beta=2.0,
-            mscale=1.0,
-            mscale_all_dim=1.0,
-        )
-        # vLLM reads it under the name of Mistral's own format only.
-        | {"llama_4_scaling": {"beta": 2.0, "original_max_position_embeddings": TEMPERATURE}}
-        | {"max_position_embeddings": 2 * TEMPERATURE},
+        settings=MINISTRAL_3,
     ),
     Family(
         name="Mixtral",
@@ -158,6 +154,7 @@ FAMILIES = (
     ),
     Family(
         name="Falcon 40B",
+        gain=1.5,
         model="Falcon",
         special="GQA, two norms",
         settings={"new_decoder_architecture": True, "alibi": False, "num_kv_heads": 2, **FALCON},
@@ -191,6 +188,7 @@ FAMILIES = (
     Family(
         name="Falcon-RW",
         quick=True,
+        distinct=90,
         model="Falcon",
         special="ALiBi",
         positions="alibi",
@@ -214,6 +212,9 @@ FAMILIES = (
     Family(
         name="MPT",
         quick=True,
+        gain=3.0,
+        tied_gain=1.0,
+        distinct=90,  # what is clipped says less
         model="Mpt",
         special="ALiBi, clipped projections",
         positions="alibi",
@@ -261,5 +262,6 @@ FAMILIES = (
         settings={"no_rope_layers": [1, 0, 1, 1], "num_hidden_layers": 4},
     ),
     *SPECIAL,
+    *EXPERTS,
     *MEDIA,
 )

@@ -3,8 +3,8 @@
 What stands for images in their vocabularies may occur in a text, and does in the tests' prompts.
 """
 
-from tests.support.families_special import GEMMA_3
-from tests.support.family import HIDDEN, MOE, Family, rope
+from tests.support.families_special import DEEPSEEK_V3, GEMMA_3, LLAMA_4
+from tests.support.family import HIDDEN, MINISTRAL_3, MOE, Family, rope
 
 IMAGE, VIDEO, BEGIN, END = 289, 296, 284, 286
 VISION = {
@@ -147,6 +147,63 @@ MEDIA = (
                 "image_size": [28, 28],
                 "patch_size": [14, 14],
             },
+        },
+    ),
+    Family(
+        name="Llama 4, multimodal",
+        model="Llama4",
+        special=LLAMA_4.special,
+        still=LLAMA_4.still,
+        generation=LLAMA_4.generation,
+        settings=LLAMA_4.settings,
+        media={
+            "image_token_index": IMAGE,
+            "boi_token_index": BEGIN,
+            "eoi_token_index": END,
+            "vision_config": {**VISION, "vision_output_dim": 32, "projector_output_dim": 32},
+        },
+    ),
+    Family(
+        name="Ministral 3, multimodal",
+        model="Mistral3",
+        special="queries scaled by their position, yarn scaling",
+        settings={"model_type": "ministral3", **MINISTRAL_3},
+        media={"image_token_id": IMAGE, "vision_config": {"model_type": "pixtral", **VISION}},
+    ),
+    Family(
+        name="Kimi K2.5",
+        model="Kimi_K25",
+        served_as="KimiK25ForConditionalGeneration",
+        special="latent attention (MLA), latent queries",
+        page=16,
+        settings={"model_type": "deepseek_v3", **DEEPSEEK_V3},
+        media={
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "vision_start_token_id": BEGIN,
+            "vision_end_token_id": END,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+            "projection_hidden_size": 32,
+        },
+        renamed=(".blocks.", ".layers."),
+        dropped=("vision_tower.", "mm_projector."),
+        processor={
+            "media_proc_cfg": {
+                "patch_size": 14,
+                "merge_kernel_size": 2,
+                "temporal_merge_kernel_size": 1,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+                "in_patch_limit": 16,
+                "in_patch_limit_each_frame": None,
+                "patch_limit_on_one_side": 4,
+                "fixed_output_tokens": None,
+            }
         },
     ),
 )

@@ -36,6 +36,32 @@ LATENT = {
     **MOE,
 }
 
+LLAMA_4 = Family(
+    name="Llama 4",
+    model="Llama4Text",
+    special="chunked attention, every fourth layer without rotation (NoPE) and with queries "
+    "scaled by their position",
+    still=(3,),
+    generation={"attn_temperature_tuning": True},  # or vLLM scales caches above 32768 only
+    settings={
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 64,  # as long as the cache
+        "floor_scale": 129,  # twice the cache, half of the table it would have
+        "attn_scale": 2.0,
+        "intermediate_size_mlp": 2 * HIDDEN,
+        "num_local_experts": 2,
+        "moe_layers": [],
+        "interleave_moe_layer_step": 0,
+        **rope(),
+    },
+)
+DEEPSEEK_V3 = {
+    **LATENT,
+    "q_lora_rank": 64,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+
 SPECIAL = (
     Family(
         name="Mistral 7B v0.1",
@@ -43,25 +69,7 @@ SPECIAL = (
         special="a sliding window in every layer",
         settings={"sliding_window": 29},
     ),
-    Family(
-        name="Llama 4",
-        model="Llama4Text",
-        special="chunked attention, every fourth layer without rotation (NoPE) and with queries "
-        "scaled by their position",
-        still=(3,),
-        generation={"attn_temperature_tuning": True},  # or vLLM scales caches above 32768 only
-        settings={
-            "num_hidden_layers": 4,
-            "attention_chunk_size": 64,  # as long as the cache
-            "floor_scale": 129,  # twice the cache, half of the table it would have
-            "attn_scale": 2.0,
-            "intermediate_size_mlp": 2 * HIDDEN,
-            "num_local_experts": 2,
-            "moe_layers": [],
-            "interleave_moe_layer_step": 0,
-            **rope(),
-        },
-    ),
+    LLAMA_4,
     Family(
         name="Gemma 2",
         model="Gemma2",
@@ -102,6 +110,7 @@ SPECIAL = (
     ),
     Family(
         name="Command R7B",
+        gain=2.0,
         model="Cohere2",
         special="hybrid, full attention without rotation (NoPE), window into the sinks",
         still=(3,),
@@ -126,12 +135,7 @@ SPECIAL = (
         model="DeepseekV3",
         special="latent attention (MLA), latent queries",
         page=16,
-        settings={
-            **LATENT,
-            "q_lora_rank": 64,
-            "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-        },
+        settings=DEEPSEEK_V3,
     ),
     Family(
         name="OLMo 3",

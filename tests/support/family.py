@@ -5,6 +5,7 @@ Shapes are the least that shows what is special about a family; weights are scal
 spread.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from tests.support.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, _tokenizer
 
+FOR_TRANSFORMERS = "transformers"
 HIDDEN, HEADS, HEAD_SIZE, LAYERS, MAX_POSITIONS = 128, 4, 32, 2, 128
 
 
@@ -33,8 +35,12 @@ class Family:
     """Of the configuration, on top of the common ones."""
     media: dict[str, Any] | None = None
     """Settings around those of the text, of a multimodal model that serves text alone."""
+    processor: dict[str, Any] | None = None
+    """Of images, for a class that compiles one with numba, whatever it serves."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Of the generation configuration, on top of special tokens."""
+    served_as: str | None = None
+    """Name of the architecture in vLLM, if it is not the one in transformers."""
     positions: str = "rope"
     backend: str = "vLLM"
     """Whose model code vLLM 0.32 runs: its own, that of transformers, or this project's."""
@@ -46,21 +52,41 @@ class Family:
     """Scale of embeddings that are the output's weights, too."""
     gain: float = 1.0
     """Scale of the weights of layers; more where the embedding outweighs them and tokens repeat."""
+    distinct: int = 100
+    """How many different tokens streams have at least: a model that repeats itself shows little."""
     turned: str | None = None
     """Part of the names of weights that are transposed in published checkpoints."""
+    renamed: tuple[str, str] | None = None
+    """A part of their names that transformers writes, and what it is in published checkpoints."""
+    dropped: tuple[str, ...] = ()
+    """Parts of the names of weights that vLLM is not given."""
+    published: dict[str, Any] | None = None
+    """The configuration in the names of published checkpoints, where transformers has others."""
     quick: bool = False
     """Whether it is tested by default, for all that is like it."""
 
     @property
     def architecture(self) -> str:
+        """In transformers."""
         kind = "CausalLM" if self.media is None else "ConditionalGeneration"
         return f"{self.model.removesuffix('Text')}For{kind}"
 
     @property
+    def text_alone(self) -> bool:
+        """Whether vLLM runs its multimodal class, and is given texts only."""
+        return self.media is not None and self.published is None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether a CPU keeps prefixes: vLLM does not for latent attention."""
+        return "kv_lora_rank" not in self.settings
+
+    @property
     def engine(self) -> dict[str, Any]:
-        """Arguments for ``vllm.LLM``."""
-        alone = {} if self.media is None else {"language_model_only": True}
-        return {"block_size": self.page, **alone}
+        """Arguments for ``running_engine``."""
+        alone = {"language_model_only": True} if self.text_alone else {}
+        compiles = {"compiles": True} if self.processor is not None else {}
+        return {"block_size": self.page, **alone, **compiles}
 
     @property
     def model_class(self) -> Any:
@@ -79,9 +105,29 @@ def rope(rope_type: str = "default", **settings: Any) -> dict[str, Any]:
 TIED = {"tie_word_embeddings": True}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
+TEMPERATURE = 128
+"""Positions before queries are scaled: twice the cache, half of the table it would have."""
+MINISTRAL_3 = (
+    rope(
+        "yarn",
+        factor=2.0,
+        original_max_position_embeddings=TEMPERATURE,
+        llama_4_scaling_beta=2.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    )
+    # vLLM reads it under the name of Mistral's own format only.
+    | {"llama_4_scaling": {"beta": 2.0, "original_max_position_embeddings": TEMPERATURE}}
+    | {"max_position_embeddings": 2 * TEMPERATURE}
+)
+
 
 def write_family(folder: Path, family: Family) -> Path:
-    """Write configuration, weights and tokenizer of a tiny model of ``family``."""
+    """Write configuration, weights and tokenizer of a tiny model of ``family``.
+
+    Where vLLM reads another configuration than transformers, the one for transformers is in the
+    folder ``FOR_TRANSFORMERS`` inside, with weights of its own.
+    """
     config = config_of(family)
     model = family.model_class(config).float()
     _fill(model, family)
@@ -89,16 +135,31 @@ def write_family(folder: Path, family: Family) -> Path:
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **family.generation
     )
     model.save_pretrained(folder)
-    if family.turned is not None:
-        _turn(folder / "model.safetensors", family.turned)
+    if family.published is not None:
+        model.save_pretrained(folder / FOR_TRANSFORMERS)
+        (folder / "config.json").write_text(json.dumps(family.published))
+    if family.served_as is not None:
+        written = json.loads((folder / "config.json").read_text())
+        written["architectures"] = [family.served_as]
+        (folder / "config.json").write_text(json.dumps(written))
+    if family.processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(family.processor))
+    _edit(folder / "model.safetensors", family)
     _tokenizer().save_pretrained(folder)
     return folder
 
 
-def _turn(file: Path, part: str) -> None:
-    weights = load_file(file)
-    for name in [name for name in weights if part in name]:
-        weights[name] = weights[name].transpose(1, 2).contiguous()
+def _edit(file: Path, family: Family) -> None:
+    """Rename, turn and drop what is otherwise in published checkpoints."""
+    if family.turned is None and family.renamed is None and not family.dropped:
+        return
+    weights = {}
+    for name, weight in load_file(file).items():
+        if any(part in name for part in family.dropped):
+            continue
+        turned = family.turned is not None and family.turned in name
+        known = name if family.renamed is None else name.replace(*family.renamed)
+        weights[known] = weight.transpose(1, 2).contiguous() if turned else weight
     save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -142,7 +203,8 @@ def _fill(model: Any, family: Family) -> None:
     """Draw every weight, by what its name says it does."""
     generator = torch.Generator().manual_seed(0)
     tied = model.config.tie_word_embeddings
-    offset = 1.0 if family.model.startswith("Gemma") else 0.0  # their norms add one to the weight
+    gemma = family.model.startswith("Gemma")
+    offset = 1.0 if gemma or family.model == "Step3p7" else 0.0  # their norms add one to the weight
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -151,13 +213,16 @@ def _fill(model: Any, family: Family) -> None:
                 weight.copy_(0.1 * noise)
             elif weight.dim() == 1:  # norms: near one, but not exactly
                 peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
-                if offset and part.startswith("post_"):
+                if gemma and part.startswith("post_"):
                     peaked = 6.0  # or the embedding outweighs what layers add, and tokens repeat
                 weight.copy_(peaked * (1 + 0.1 * noise) - offset)
             elif weight is model.get_input_embeddings().weight:
                 weight.copy_(noise * (family.tied_gain / weight.shape[1] ** 0.5 if tied else 1.0))
             else:
                 weight.copy_(noise * family.gain * _gain(name) / weight.shape[-1] ** 0.5)
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
 
 
 def _gain(name: str) -> float:

@@ -23,6 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.policy.report import KEY
 from sink_vllm.policy.schedule import Schedule, cdiv
+from tests.support.preemptions import watch_preemptions
 from tests.support.scheduler_only import Core, Settings, check_integrity, leftovers
 
 IDLE_STEPS = 3
@@ -86,7 +87,6 @@ class Watch:
         self._planned = 0
         self._aborted: list[str] = []
         self.core.model.observe = self._observe
-        preempt = self.core.scheduler._preempt_request
         evict = self.core.scheduler.recycler.evict
 
         def counted_evict(request: Request) -> bool:
@@ -95,11 +95,7 @@ class Watch:
             self.reach["evictions with drafts"] += evicted and pending
             return evicted
 
-        def counted_preempt(*args: Any, **kwargs: Any) -> None:
-            self.reach["preemptions"] += 1
-            preempt(*args, **kwargs)
-
-        self.core.scheduler._preempt_request = counted_preempt
+        watch_preemptions(self.core.scheduler, before=lambda _: self.reach.update(("preemptions",)))
         if settings.drafts:
             self.core.scheduler.recycler.evict = counted_evict
 

@@ -24,11 +24,16 @@ which vLLM dropped after 0.28, this project's (`sink_vllm/models/mpt.py`). The t
 and log-probabilities of whole streams equal those of the same checkpoint run by transformers, one
 token at a time, with keys renumbered by cache position (float32, 1e-4).
 
-Streams have 500 tokens, {evictions} or more evictions, and a re-anchoring where keys are rotated
-(with ALiBi they are not); the same ones on both of vLLM's model runners:
+Streams have 500 tokens, 100 different ones among them, {evictions} or more evictions, and a
+re-anchoring where keys are rotated (with ALiBi they are not); the same ones on both of vLLM's model
+runners. On V1 a conversation past the capacity is sent again, too, and resumed from the cache
+(not with latent attention, for which vLLM keeps no prefixes on CPUs).
 
 - **V1**, which vLLM uses on CPUs;
 - **V2**, which it uses on GPUs, here under Triton's interpreter.
+
+Routers of experts that are a sigmoid in published checkpoints of MiniMax M2 and Step 3.5 are a
+softmax here: vLLM's router on CPUs takes nothing else where experts have no groups.
 
 *Text alone* is a multimodal model with `--language-model-only`, run by vLLM's multimodal class.
 Prompts contain what stands for an image in its vocabulary, as text; requests with images get a 400
@@ -127,13 +132,13 @@ def _served(one: Served) -> str:
     if one.refused is not None:
         why = next(row.what for row in REFUSALS if row.name == one.refused)
         return f"| {one.name} | `{one.architecture}` | no | refused: {why} |"
-    tested = f"tested as {one.tested}" if one.tested else "accepted, not compared with a judge"
+    tested = f"tested as {one.tested}"
     how = f"{tested}; {one.caveat}" if one.caveat else tested
     return f"| {one.name} | `{one.architecture}` | yes | {how} |"
 
 
 def _tested(family: Family) -> str:
-    special = family.special if family.media is None else f"text alone; {family.special}"
+    special = f"text alone; {family.special}" if family.text_alone else family.special
     return (
         f"| {family.name} | `{family.model}Config` | {special} | {family.backend} | exact | exact |"
     )

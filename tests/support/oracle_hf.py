@@ -8,6 +8,7 @@ partial rotation, scaling and magnitude are whatever transformers does, layers t
 the function do not rotate, and ALiBi counts the tokens in the cache.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import transformers
 from transformers import AutoConfig, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from tests.support.family import FOR_TRANSFORMERS
 from tests.support.oracle import Oracle
 
 Rotate = Callable[[torch.Tensor, int], torch.Tensor]
@@ -176,6 +178,7 @@ _ROTARIES = {
     "gptj": _RotaryGPTJ,
     "deepseek_v2": _RotaryComplex,
     "deepseek_v3": _RotaryDeepseekV3,
+    "glm4_moe_lite": _RotaryDeepseekV3,
     "llama4_text": _RotaryLlama4,
 }
 
@@ -202,18 +205,35 @@ def _angles(model: Any, capacity: int) -> dict[str, tuple[torch.Tensor, ...]]:
     return {}
 
 
-def _without_approximations(model: Any) -> Any:
-    """BLOOM's GELU is approximated in transformers, not in vLLM: it shows before any eviction."""
+def _as_configured(model: Any) -> Any:
+    """Where transformers' code is another function than the configuration says.
+
+    BLOOM's GELU is approximated; the routers of MiniMax M2 and Step 3.5 are sigmoids, whatever
+    vLLM reads there. Either shows before any eviction.
+    """
     for module in model.modules():
         if type(module).__name__ == "BloomGelu":
             module.forward = torch.nn.functional.gelu
+        elif type(module).__name__ in ("MiniMaxM2TopKRouter", "Step3p7TopKRouter"):
+            module.forward = functools.partial(_softmax_routes, module)
     return model.eval()
+
+
+def _softmax_routes(
+    router: Any, hidden: torch.Tensor, *_: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, weights that sum to one, and experts ``[tokens, top k]`` of a softmax router."""
+    logits = torch.nn.functional.linear(hidden.reshape(-1, router.hidden_dim), router.weight)
+    best, experts = logits.softmax(-1).topk(router.top_k, dim=-1)
+    return logits, best / best.sum(-1, keepdim=True), experts
 
 
 class HFModel:
     """A checkpoint run by transformers, in the shape ``tests.support.oracle`` calls."""
 
     def __init__(self, folder: Path) -> None:
+        inner = folder / FOR_TRANSFORMERS
+        folder = inner if inner.exists() else folder
         config = AutoConfig.from_pretrained(folder)
         # Falcon's eager attention adds ALiBi twice, in the mask and to the scores.
         falcon = config.model_type == "falcon"
@@ -221,9 +241,14 @@ class HFModel:
             # It was trained with one token more than its window says; vLLM adds it, transformers
             # does not.
             config.sliding_window += 1
+        if config.model_type == "kimi_k25":
+            # Its tokens that stand for media are masked, media or not; in a text they are tokens.
+            config.image_token_id = config.video_token_id = -1
         # Multimodal models have no entry among causal language models.
-        model_class = getattr(transformers, config.architectures[0])
-        self.model = _without_approximations(
+        known = type(config).__name__.replace("Config", "ForConditionalGeneration")
+        model_class = getattr(transformers, config.architectures[0], None)
+        model_class = model_class or getattr(transformers, known)
+        self.model = _as_configured(
             model_class.from_pretrained(
                 folder,
                 config=config,
@@ -233,11 +258,11 @@ class HFModel:
         )
 
     def new_cache(self, streams: int, capacity: int) -> Caches:
-        kind = self.model.config.model_type
+        kind = self.model.get_decoder().config.model_type
         self.rotary = _ROTARIES.get(kind, _Rotary)(self.model, capacity)
         caches = [UnrotatedCache() for _ in range(streams)]
         for cache in caches:
-            cache.latent = kind.startswith("deepseek")
+            cache.latent = kind.startswith("deepseek") or kind == "glm4_moe_lite"
         return Caches(caches)
 
     def step(

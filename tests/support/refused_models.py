@@ -35,13 +35,8 @@ REFUSED = (
         config="DeepseekV3Config",
         row="MLA without RoPE scaling on CPUs",
     ),
-    Refused(
-        name="MiMo-V2-Flash",
-        config="MiMoV2FlashConfig",
-        row="unequal layers",
-        # As published; the class of transformers has no names of its own for these.
-        settings={"swa_num_key_value_heads": 8, "swa_head_dim": 192, "swa_v_head_dim": 128},
-    ),
+    Refused(name="MiMo-V2-Flash", config="MiMoV2FlashConfig", row="unequal layers"),
+    Refused(name="HunYuan", config="HunYuanDenseV1Config", row="scaling after rotation"),
     Refused(name="MiniCPM3", config="MiniCPM3Config", row="hidden latents"),
     Refused(name="HRM-Text", config="HrmTextConfig", row="prefix language models"),
 )

@@ -6,13 +6,21 @@ at that, for a GPU. Multimodal ones are asked for their text side (``--language-
 
 Default configurations flatter some checkpoints and wrong others, and where an architecture comes
 with remote code only, the nearest configuration class stands in for its own: the table says what
-the gate does, not what streams.
+the gate does, not what streams. So does one for the text of a multimodal model whose configuration
+leaves it open.
 """
 
+import copy
 import functools
+import importlib.abc
+import importlib.machinery
+import json
+import sys
 import tempfile
-from collections.abc import Iterator
+import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -62,7 +70,7 @@ _MODEL_TYPES = {
     "LightOnOCRForConditionalGeneration": "lighton_ocr",
     "LlavaOnevision2ForConditionalGeneration": "llava_onevision",
     "MiDashengLMModel": "midashenglm",
-    "MiMoV2OmniForCausalLM": "mimo_v2_omni",
+    "MiMoV2OmniForCausalLM": "mimo_v2_flash",
     "Moondream3ForCausalLM": "moondream3",
     "HfMoondream": "moondream3",
     "MossTranscribeDiarizeForConditionalGeneration": "moss_transcribe_diarize",
@@ -78,14 +86,43 @@ _MODEL_TYPES = {
     "VoxtralRealtimeGeneration": "voxtral_realtime",
 }
 _STAND_IN = "llama"
+_OCR_TEXT = {
+    "hidden_size": 1280,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 10,
+    "use_mla": False,
+    "kv_lora_rank": None,
+    "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0,
+    "v_head_dim": 0,
+}
 # What configuration classes leave open, and every checkpoint says.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "DeepseekV32ForCausalLM": {"index_topk": 2048},
-    "DeepseekV4ForCausalLM": {"index_topk": 512},
-    "MiMoV2FlashForCausalLM": {"swa_num_key_value_heads": 8},
-    "MiMoV2ForCausalLM": {"swa_num_key_value_heads": 8},
+    "DeepseekV4ForConditionalGeneration": {"vision_n_layers": 2},
     "NemotronForCausalLM": {"num_key_value_heads": 8},
 }
+# The same of multimodal ones, whose text is another model: what stands in for that one.
+_OCR = (
+    *("DeepseekVLV2ForCausalLM", "DeepseekOCRForCausalLM", "DeepseekOCR2ForCausalLM"),
+    "UnlimitedOCRForCausalLM",
+)
+_TEXTS: dict[str, dict[str, Any]] = {
+    **{name: {"language_config": _OCR_TEXT} for name in _OCR},
+    "MiDashengLMModel": {"text_config": {"hidden_size": 3584}},
+    "Ovis": {"llm_config": {"model_type": "qwen2"}, "hidden_size": 4096},
+    "UltravoxModel": {"text_config": {"model_type": "llama", "rope_theta": 500000.0}},
+}
+# What a configuration class writes, and reads by another name or not at all.
+_WRITTEN: dict[str, dict[str, str | None]] = {
+    **{name: {"text_config": "language_config"} for name in _OCR},
+    "HfMoondream": {"text_config": None, "vision_config": None},
+    "Moondream3ForCausalLM": {"text_config": None, "vision_config": None},
+    "Ovis": {"text_config": "llm_config"},
+    "UltravoxModel": {"wrapped_model_config": "text_config"},
+}
+# What modules of vLLM import for media, and nothing here needs.
+_ABSENT = ("timm", "torchaudio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +173,10 @@ def config_of(architecture: str) -> tuple[Any, bool]:
     model_type = _MODEL_TYPES.get(architecture) or _types_of_transformers().get(architecture)
     known = model_type or _STAND_IN
     config_class = _CONFIG_REGISTRY[known] if known in _CONFIG_REGISTRY else CONFIG_MAPPING[known]
-    config = config_class(**_SETTINGS.get(architecture, {}))
+    text = copy.deepcopy(_TEXTS.get(architecture, {}))  # classes take them apart
+    config = config_class(**_SETTINGS.get(architecture, {}), **text)
     config.architectures = [architecture]
-    return config, model_type is None
+    return config, model_type is None or bool(text)
 
 
 def answer(architecture: str, multimodal: bool) -> Answer:
@@ -157,20 +195,58 @@ def answer(architecture: str, multimodal: bool) -> Answer:
 def _row_of(config: Any, text_alone: bool) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
+        _rename(Path(folder) / "config.json", _WRITTEN.get(config.architectures[0], {}))
         keys: dict[str, Any] = {"language_model_only": True} if text_alone else {}
         model = ModelConfig(folder, skip_tokenizer_init=True, **keys)
         facts = Facts(**model_facts(model), platform="cuda")
     return next((row.name for row in REFUSALS if row.reason(facts)), None)
 
 
-def walk() -> list[Answer]:
-    """All architectures, in the order of vLLM's registry."""
-    in_process = registry._run_in_subprocess
+def _rename(file: Path, names: dict[str, str | None]) -> None:
+    settings = json.loads(file.read_text())
+    for written, read in names.items():
+        value = settings.pop(written)
+        if read is not None:
+            settings[read] = value
+    file.write_text(json.dumps(settings))
+
+
+class _Names(types.ModuleType):
+    """A package that is not here: its names, and nothing behind them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds packages that are not here, behind everything that finds those that are."""
+
+    def find_spec(self, fullname: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".")[0] not in _ABSENT:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Names(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+def walk(only: Iterable[tuple[str, bool]] | None = None) -> list[Answer]:
+    """All architectures, in the order of vLLM's registry, or those that are named."""
+    in_process, absent = registry._run_in_subprocess, _Absent()
     registry._run_in_subprocess = lambda fn: fn()  # a process each would take half an hour
+    sys.meta_path.append(absent)
     try:
-        return [answer(*one) for one in architectures()]
+        return [answer(*one) for one in only or architectures()]
     finally:
         registry._run_in_subprocess = in_process
+        sys.meta_path.remove(absent)
+        for name in [name for name, one in sys.modules.items() if isinstance(one, _Names)]:
+            del sys.modules[name]
 
 
 HEAD = """\
@@ -184,7 +260,8 @@ that. Multimodal architectures are asked for their text (`--language-model-only`
 *Accepted* is the gate's word, not a stream: the start-up self-test still decides, and
 [models.md](models.md) says what has been compared with a judge. Default configurations flatter some
 checkpoints and wrong others. Names in *italics* come with remote code only, and the nearest
-configuration class, or Llama's, stands in for theirs.
+configuration class, or Llama's, stands in for theirs; or their configuration leaves the text open,
+and that of another model stands in for it.
 """
 
 

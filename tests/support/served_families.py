@@ -18,11 +18,12 @@ class Served:
     tested: str | None = None
     """Name of the tested family (``tests.support.families``) that shows it."""
     caveat: str = ""
-    """What that family does not show, or why none is tested."""
+    """What that family does not show."""
     refused: str | None = None
     """Name of the row of ``sink_vllm.gate.refusals`` that refuses published checkpoints."""
 
 
+_SOFTMAX = "with a router by softmax: vLLM's on CPUs takes no sigmoids there"
 SERVED = (
     Served(
         name="Qwen3.5, 3.6, 3.8 (dense)",
@@ -66,8 +67,7 @@ SERVED = (
     Served(
         name="Llama 4",
         architecture="Llama4ForConditionalGeneration",
-        tested="Llama 4",
-        caveat="its text class; the multimodal one around it was not run",
+        tested="Llama 4, multimodal",
     ),
     Served(name="DeepSeek V4", architecture="DeepseekV4ForCausalLM", refused="sparse attention"),
     Served(
@@ -86,26 +86,33 @@ SERVED = (
     Served(
         name="Kimi K2.5 to 2.7",
         architecture="KimiK25ForConditionalGeneration",
-        tested="DeepSeek-V3",
-        caveat="the multimodal class around it was not run; on GPUs by the layouts of its pages",
+        tested="Kimi K2.5",
+        caveat="on CPUs; on GPUs by the layouts of its pages, on CPU tensors",
     ),
     Served(
         name="Kimi K3", architecture="KimiK3ForConditionalGeneration", refused="recurrent layers"
     ),
-    Served(name="GLM-4.5, 4.6, 4.7", architecture="Glm4MoeForCausalLM"),
+    Served(name="GLM-4.5, 4.6, 4.7", architecture="Glm4MoeForCausalLM", tested="GLM-4.5"),
     Served(
         name="GLM-4.7-Flash",
         architecture="Glm4MoeLiteForCausalLM",
-        caveat="on GPUs by the layouts of its pages, on CPU tensors; refused on CPUs",
+        tested="GLM-4.7-Flash, yarn scaling",
+        caveat="published ones, without scaling, on GPUs by the layouts of their pages, on CPU "
+        "tensors; refused on CPUs",
     ),
     Served(name="GLM-5", architecture="GlmMoeDsaForCausalLM", refused="sparse attention"),
-    Served(name="MiniMax M2", architecture="MiniMaxM2ForCausalLM"),
+    Served(
+        name="MiniMax M2",
+        architecture="MiniMaxM2ForCausalLM",
+        tested="MiniMax M2",
+        caveat=_SOFTMAX,
+    ),
     Served(
         name="MiniMax M3",
         architecture="MiniMaxM3SparseForConditionalGeneration",
         refused="sparse attention",
     ),
-    Served(name="Hy3", architecture="HYV3ForCausalLM"),
+    Served(name="Hy3", architecture="HYV3ForCausalLM", tested="Hy3"),
     Served(name="MiMo-V2-Flash", architecture="MiMoV2FlashForCausalLM", refused="unequal layers"),
     Served(name="Nemotron 3", architecture="NemotronHForCausalLM", refused="recurrent layers"),
     Served(
@@ -116,8 +123,8 @@ SERVED = (
     Served(
         name="Ministral 3, Mistral Small 4",
         architecture="Mistral3ForConditionalGeneration",
-        tested="Ministral 3",
-        caveat="its text class; the multimodal one around it and Mistral Small 4 were not run",
+        tested="Ministral 3, multimodal",
+        caveat="Mistral Small 4, with latent attention, was not run",
     ),
     Served(name="Phi-4, Phi-4-reasoning", architecture="Phi3ForCausalLM", tested="Phi-3"),
     Served(name="Phi-4-mini, Phi-3.5-mini", architecture="Phi3ForCausalLM", tested="Phi-4-mini"),
@@ -125,5 +132,10 @@ SERVED = (
         name="Granite 4 H", architecture="GraniteMoeHybridForCausalLM", refused="recurrent layers"
     ),
     Served(name="LFM2, 2.5", architecture="Lfm2ForCausalLM", refused="recurrent layers"),
-    Served(name="Step-3.5-Flash", architecture="Step3p5ForCausalLM"),
+    Served(
+        name="Step-3.5-Flash",
+        architecture="Step3p5ForCausalLM",
+        tested="Step-3.5",
+        caveat=_SOFTMAX,
+    ),
 )
