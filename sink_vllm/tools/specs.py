@@ -21,9 +21,9 @@ from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
-    get_kv_cache_configs,
     resolve_kv_cache_block_sizes,
 )
+from vllm.v1.engine import core
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
@@ -96,9 +96,20 @@ def sizing_of(
     if kv_bytes is None:  # hybrids are padded: whatever is needed is less than this
         kv_bytes = 64 * sum(one.max_memory_usage_bytes(vllm_config) for one in specs.values())
     with refusals(), set_current_vllm_config(vllm_config):
-        configs = get_kv_cache_configs(vllm_config, [specs], [kv_bytes])
+        configs = _kv_cache_configs(vllm_config, specs, kv_bytes)
         kv_cache_config = generate_scheduler_kv_cache_config(configs)
         return Sizing.of(_tables(vllm_config, kv_cache_config), kv_cache_config)
+
+
+def _kv_cache_configs(
+    vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], kv_bytes: int
+) -> list[KVCacheConfig]:
+    """As the engine core does it, for one worker: 0.33 forms the groups in a step of its own."""
+    grouped: Any = getattr(core, "get_global_kv_cache_groups", None)
+    groups = [] if grouped is None else [grouped(vllm_config, [specs])]
+    make: Any = vars(core)["get_kv_cache_configs"]
+    made: list[KVCacheConfig] = make(vllm_config, [specs], [kv_bytes], *groups)
+    return made
 
 
 def _tables(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> PageTables:
