@@ -87,6 +87,7 @@ OBJECT_CHANGES = (
         "sink_vllm.worker.layers.rotation", "self.rotary.cos_sin_cache", "0046-longer-rope-tables"
     ),
     ObjectChange("sink_vllm.worker.layers.rotation", "_ROPE_DICT[*]", "0046-longer-rope-tables"),
+    ObjectChange("sink_vllm.tools.specs", "_ROPE_DICT[*]", "0046-longer-rope-tables"),
     *(
         ObjectChange("sink_vllm.worker.layers.rotation_longrope", what, "0046-longer-rope-tables")
         for what in ("rotary.use_long_rope", "self.rotary.long_short_cos_sin_cache")

@@ -38,4 +38,9 @@ DIFFERENCES = (
         "sink_vllm.engine.scheduler:StreamingLLMMixin._update_request_as_session",
         "0.32",
     ),
+    Difference(
+        "one function makes groups of layers and their KV cache configurations",
+        "sink_vllm.tools.specs:_kv_cache_configs",
+        "0.32",
+    ),
 )

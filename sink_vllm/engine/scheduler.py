@@ -29,6 +29,7 @@ from sink_vllm.engine.input_thread import PREPARED
 from sink_vllm.engine.ledger import IntegrityError
 from sink_vllm.engine.output_tail import forget_evicted
 from sink_vllm.engine.reasoning import decide_reasoning
+from sink_vllm.engine.sizing import Sizing
 from sink_vllm.engine.stream import Stream
 from sink_vllm.gate.lengths import notes_of
 from sink_vllm.policy.plan import Refresh, StepPlan
@@ -51,24 +52,9 @@ class StreamingLLMMixin(AdmittingMixin):
         self._log_start()
 
     def _log_start(self) -> None:
-        spec = self.recycler.tables.spec
-        per_stream = self.recycler.tables.pages_per_stream
-        # Pages of all groups come from one pool: as many layers in each.
-        layers = max(len(one.layer_names) for one in self.kv_cache_config.kv_cache_groups)
-        logger.info(
-            "StreamingLLM: sink tokens S=%d, window W=%d, stride g=%d, capacity C=%d tokens; "
-            "KV cache per stream: %.2f MiB in %d pages of %d tokens; %d streams fit.",
-            spec.sink_tokens,
-            spec.window,
-            spec.stride,
-            spec.schedule.capacity,
-            per_stream * spec.page_size_bytes * layers / 2**20,
-            per_stream,
-            spec.block_size,
-            # One page of the pool is vLLM's null block.
-            (self.kv_cache_config.num_blocks - 1) // per_stream,
-        )
-        for note in notes_of(self.vllm_config.model_config, spec.schedule.capacity):
+        sizing = Sizing.of(self.recycler.tables, self.kv_cache_config)
+        logger.info("StreamingLLM: %s", sizing)
+        for note in notes_of(self.vllm_config.model_config, sizing.schedule.capacity):
             logger.info("StreamingLLM: %s.", note)
 
     # -- requests come and go ---------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sink_vllm.policy.bound import Bound
+from sink_vllm.policy.bound import DEFAULT_CAPACITY, Bound
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -119,13 +119,15 @@ def rope_positions(model_config: "ModelConfig") -> int | None:
     return None if temperature is None else temperature.positions
 
 
-def bound_of(model_config: "ModelConfig") -> Bound:
+def bound_of(model_config: "ModelConfig", trained: int | None = None) -> Bound:
     """Of the capacity of a model.
 
     Args:
-        model_config: made without ``--max-model-len``.
+        model_config: of the model.
+        trained: the length vLLM would start with if nobody named one; what ``model_config`` says,
+            if it was made without ``--max-model-len``.
     """
-    trained: int = model_config.max_model_len
+    trained = model_config.max_model_len if trained is None else trained
     bounds = list(_bounds(model_config))
     long_rope = LongRope.of(model_config)
     if long_rope is not None:
@@ -161,7 +163,21 @@ def notes_of(model_config: "ModelConfig", capacity: int) -> list[str]:
     """What a user who reads the log of a start should know of the positions of a model."""
     long_rope, temperature = LongRope.of(model_config), Temperature.of(model_config)
     notes = [] if long_rope is None else [long_rope.note(capacity)]
-    return notes if temperature is None else [*notes, temperature.note()]
+    if temperature is not None:
+        notes.append(temperature.note())
+    bound = own_bound_of(model_config)
+    # The other notes say how long it may be.
+    if not notes and capacity <= bound.default == DEFAULT_CAPACITY < bound.most:
+        notes.append(
+            f"this model takes a capacity of up to {bound.most} tokens, the default is "
+            f"{DEFAULT_CAPACITY}; --max-model-len makes it longer, and streams larger"
+        )
+    return notes
+
+
+def own_bound_of(model_config: "ModelConfig") -> Bound:
+    """The same as :func:`bound_of`, whatever ``--max-model-len`` is now: vLLM derives it anew."""
+    return bound_of(model_config, model_config.get_and_verify_max_len(None))  # type: ignore[arg-type]
 
 
 def attention_chunk(model_config: "ModelConfig") -> int | None:

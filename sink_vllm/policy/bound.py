@@ -3,6 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+DEFAULT_CAPACITY = 8192
+"""The capacity (tokens) that a start without ``--sink-window`` or ``--max-model-len`` gets at most.
+
+Many models are trained for 131,072 tokens: 16 GiB of keys and values per stream for Llama 3.1 8B,
+1 GiB at this capacity. A fixed number rather than a share of the free memory, because the capacity
+decides what a model sees: the same command has to give the same answers on every machine.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
@@ -11,7 +19,8 @@ class Bound:
     most: int
     """The largest of them."""
     default: int
-    """The one for users who name neither a window nor ``--max-model-len``."""
+    """The one for users who name neither a window nor ``--max-model-len``; see
+    :data:`DEFAULT_CAPACITY`."""
     name: str
     """What this length is, as a part of a sentence."""
 
@@ -25,7 +34,7 @@ class Bound:
         shortest = min(bounds, key=lambda bound: bound.most)  # the first of equals
         return cls(
             most=shortest.most,
-            default=min(shortest.most, *(bound.default for bound in bounds)),
+            default=min(DEFAULT_CAPACITY, shortest.most, *(bound.default for bound in bounds)),
             name=shortest.name,
         )
 

@@ -84,21 +84,12 @@ def settled_block_size(vllm_config: "VllmConfig") -> int:
     Args:
         vllm_config: finished, but for the numbers of the policy.
     """
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.platforms import current_platform
-    from vllm.v1.attention.selector import get_attn_backend
 
     class Layer(AttentionLayerBase):
-        def __init__(self, windowed: bool) -> None:
-            self.backend = get_attn_backend(
-                model.get_head_size(),
-                cast("torch.dtype", model.dtype),
-                vllm_config.cache_config.cache_dtype,
-                use_mla=model.use_mla,
-                num_heads=model.get_num_attention_heads(vllm_config.parallel_config),
-                has_sliding_window=windowed,
-            )
+        def __init__(self, backend: "type[AttentionBackend]") -> None:
+            self.backend = backend
 
         def get_attn_backend(self) -> "type[AttentionBackend]":
             return self.backend
@@ -106,14 +97,9 @@ def settled_block_size(vllm_config: "VllmConfig") -> int:
         def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> None:
             return None
 
-    model = vllm_config.model_config
     cache_config: CacheConfig = copy.copy(vllm_config.cache_config)
-    if current_platform.is_cuda_alike() and current_platform.get_device_capability() is None:
-        return cache_config.block_size  # no GPU here, such as on the head node of a Ray cluster
-    try:
-        with set_current_vllm_config(vllm_config):
-            layers = {f"{windowed}": Layer(windowed) for windowed in _windows(vllm_config)}
-    except ValueError:  # no backend: the worker, which knows the layers, says which and why
+    layers = {str(index): Layer(one) for index, one in enumerate(backends_of(vllm_config))}
+    if not layers:  # the worker, which knows the layers, says which and why
         return cache_config.block_size
     probe = copy.copy(vllm_config)
     probe.cache_config = cache_config
@@ -121,6 +107,35 @@ def settled_block_size(vllm_config: "VllmConfig") -> int:
     probe.compilation_config.static_forward_context = dict(layers)
     current_platform.update_block_size_for_backend(probe)
     return cache_config.block_size
+
+
+def backends_of(vllm_config: "VllmConfig") -> "list[type[AttentionBackend]]":
+    """The attention backends vLLM chooses, one for each kind of window the model has.
+
+    Empty if there is none, or no GPU here, such as on the head node of a Ray cluster.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.selector import get_attn_backend
+
+    if current_platform.is_cuda_alike() and current_platform.get_device_capability() is None:
+        return []
+    model = vllm_config.model_config
+    try:
+        with set_current_vllm_config(vllm_config):
+            return [
+                get_attn_backend(
+                    model.get_head_size(),
+                    cast("torch.dtype", model.dtype),
+                    vllm_config.cache_config.cache_dtype,
+                    use_mla=model.use_mla,
+                    num_heads=model.get_num_attention_heads(vllm_config.parallel_config),
+                    has_sliding_window=windowed,
+                )
+                for windowed in _windows(vllm_config)
+            ]
+    except ValueError:
+        return []
 
 
 def _windows(vllm_config: "VllmConfig") -> set[bool]:

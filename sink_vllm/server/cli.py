@@ -16,6 +16,7 @@ from typing import Any
 
 from sink_vllm.compat.patching import Patch
 from sink_vllm.gate.refused import end_with_the_sentence
+from sink_vllm.policy.bound import DEFAULT_CAPACITY
 from sink_vllm.policy.options import (
     DEFAULT_SINK_TOKENS,
     OPTION_KEYS,
@@ -53,8 +54,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": int,
         "metavar": "TOKENS",
         "help": "Most recent tokens that are always kept, in tokens. Default: what "
-        "--max-model-len, or else the length the model was trained for, leaves after sink "
-        "tokens and stride.",
+        "--max-model-len, or else the smaller of the length the model was trained for and "
+        f"{DEFAULT_CAPACITY} tokens, leaves after sink tokens and stride.",
     },
     "sink_stride": {
         "type": int,

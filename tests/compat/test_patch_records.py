@@ -149,6 +149,7 @@ OURS = {
     "sink_vllm.worker.runner_v2": {"self._wrapped_state"},
     "sink_vllm.gate.refused": {"sys", "os"},  # record 0001 tells of it
     "sink_vllm.plugin": {"os"},  # the environment of child processes
+    "sink_vllm.tools.main": {"os"},  # the log level, of a process that is not a server
     "sink_vllm.server.front_end": {"call"},  # arguments, bound by ``inspect``
 }
 

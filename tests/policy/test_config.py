@@ -166,7 +166,18 @@ def resolve(trained_len: int = 4096, others: Sequence[Bound] = (), **options: An
     [
         # A sixteenth of 4096 is 256, the most a default stride is.
         ({}, Schedule(sink_tokens=4, window=3836, stride=256)),
-        ({"trained_len": 131072}, Schedule(sink_tokens=4, window=130812, stride=256)),
+        # However long the model was trained for: 8192 tokens unless somebody asks for more.
+        ({"trained_len": 131072}, Schedule(sink_tokens=4, window=7932, stride=256)),
+        ({"trained_len": 8193}, Schedule(sink_tokens=4, window=7932, stride=256)),
+        ({"trained_len": 8191}, Schedule(sink_tokens=4, window=7931, stride=256)),
+        (
+            {"trained_len": 131072, "max_model_len": 131072},
+            Schedule(sink_tokens=4, window=130812, stride=256),
+        ),
+        (
+            {"trained_len": 131072, "sink_window": 20000},
+            Schedule(sink_tokens=4, window=20000, stride=256),
+        ),
         ({"max_model_len": 1024}, Schedule(sink_tokens=4, window=956, stride=64)),
         # A sixteenth of 1000 is 62, 48 in whole blocks.
         ({"max_model_len": 1000}, Schedule(sink_tokens=4, window=948, stride=48)),

@@ -23,6 +23,7 @@ from vllm.model_executor.models.mistral import MistralAttention
 
 from sink_vllm.gate.lengths import notes_of, rope_positions
 from sink_vllm.plugin import register
+from sink_vllm.policy.bound import DEFAULT_CAPACITY
 from sink_vllm.policy.config import SinkConfig
 
 
@@ -122,6 +123,30 @@ def test_dynamic_rope_ends_with_its_table(tmp_path: Path) -> None:
         build(model, max_model_len=2049)
 
 
+def test_a_long_model_gets_a_short_cache_and_the_log_says_so(tmp_path: Path) -> None:
+    """Nobody gets 131,072 tokens per stream without asking for them."""
+    config = LlamaConfig(max_position_embeddings=131072)
+    model = write(tmp_path, "LlamaForCausalLM", config)
+
+    by_default = build(model)
+    assert capacity_of(by_default) == DEFAULT_CAPACITY
+    assert re.search(
+        r"capacity of up to 131072 tokens, the default is 8192; --max-model-len",
+        note_of(by_default),
+    )
+    asked = build(model, max_model_len=16384)
+    assert capacity_of(asked) == 16384
+    assert notes_of(asked.model_config, 16384) == []
+
+
+def test_a_short_model_gets_all_of_its_length(tmp_path: Path) -> None:
+    model = write(tmp_path, "LlamaForCausalLM", LlamaConfig(max_position_embeddings=4096))
+    vllm_config = build(model)
+
+    assert capacity_of(vllm_config) == 4096
+    assert notes_of(vllm_config.model_config, 4096) == []
+
+
 @pytest.fixture(scope="module")
 def ministral_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ministral")
@@ -173,8 +198,14 @@ TUNED = {"override_generation_config": {"attn_temperature_tuning": True}}
         ({}, TUNED, 4096, 8191),
         ({}, TUNED | {"max_model_len": 8191}, 8191, 8191),
         ({"floor_scale": 16384}, TUNED | {"max_model_len": 8192}, 8192, 16383),
-        ({"attention_chunk_size": None}, {}, 32767, None),
-        ({"attention_chunk_size": None, "floor_scale": 40000}, {}, 39999, 39999),
+        ({"attention_chunk_size": None}, {}, DEFAULT_CAPACITY, None),
+        ({"attention_chunk_size": None}, {"max_model_len": 32767}, 32767, None),
+        (
+            {"attention_chunk_size": None, "floor_scale": 40000},
+            {"max_model_len": 39999},
+            39999,
+            39999,
+        ),
     ],
     ids=str,
 )

@@ -1,8 +1,8 @@
 """Longer RoPE tables, so that a stream seldom has to rotate its window back.
 
 A stream's rope positions grow by ``g`` per eviction until the table ends; then every key of the
-window is rotated back once (re-anchoring). With the default capacity, the trained length, a
-model's own table would end at the first eviction, and keys would be rotated, and rounded, again
+window is rotated back once (re-anchoring). With a capacity of the trained length, a model's
+own table would end at the first eviction, and keys would be rotated, and rounded, again
 at every one. Scores depend on differences of positions only, so more rows change nothing but how
 far those positions may run.
 """

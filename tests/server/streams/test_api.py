@@ -9,9 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from examples.serving import Metrics, Server
 from sink_vllm.policy.schedule import Schedule
+from tests.support.monitoring import metrics_named
 from tests.support.serving import CAPACITY, FLAGS, MODEL, SCHEDULE, prompt_of
 from tests.support.tiny_models import TinyLlama, write_tiny_lora
 
@@ -632,6 +634,19 @@ def test_a_chat_pins_its_system_message(api: _Api) -> None:
     text = f"<system>{system}\n<user>{'word ' * 60}\n<assistant>"
     assert choice["token_ids"] == api.complete(_bytes(text), 6, sink_tokens=end)
     assert choice["token_ids"] != api.complete(_bytes(text), 6)
+
+
+def test_metrics_of_dashboard_and_alerts_exist(api: _Api) -> None:
+    """Whatever deploy/monitoring asks for, by the names that Prometheus stores."""
+    api.call("GET", "/v1/streams/nobody", 404)  # a refusal, for the alert on refusals
+    text = httpx.get(f"{api.url}/metrics").text
+    families = list(text_string_to_metric_families(text))
+    known = {sample.name for family in families for sample in family.samples}
+
+    assert metrics_named() - known == set()
+    refused = next(one for one in families if one.name == "http_requests")
+    handlers = {(one.labels["handler"], one.labels["status"]) for one in refused.samples}
+    assert ("/v1/streams/{stream_id}", "4xx") in handlers
 
 
 def test_stream_lengths_are_counted(api: _Api) -> None:

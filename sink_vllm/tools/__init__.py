@@ -1,0 +1,1 @@
+"""The command ``sink-vllm``: what a user asks before a server runs."""

@@ -1,0 +1,120 @@
+"""`sink-vllm plan` says what a server says when it starts; it neither loads nor starts one."""
+
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from sink_vllm.engine.sizing import Sizing
+from sink_vllm.tools.main import main
+from sink_vllm.tools.planning import Plan, engine_args, plan
+from tests.support.engine import Policy, running_engine
+from tests.support.families import FAMILIES
+from tests.support.family import Family, config_of, write_family
+
+GIB = 2**30
+POLICY = Policy(S=4, W=60, g=32)
+NAMES = ("Llama 3.1", "Gemma 3", "Mixtral", "DeepSeek-V3", "Qwen3", "Command R7B")
+
+
+def family(name: str) -> Family:
+    return next(one for one in FAMILIES if one.name == name)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if i > 1 else ()) for i, name in enumerate(NAMES)],
+)
+def test_plan_equals_the_start_up_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers made without memory have the pages of the loaded ones: bytes, pages, streams."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    row = family(name)
+    folder = write_family(tmp_path, row)
+    args = {**row.engine, "num_gpu_blocks_override": None}
+
+    planned = plan(
+        EngineArgs(
+            str(folder),
+            dtype="float32",
+            enforce_eager=True,
+            additional_config=POLICY.additional_config(),
+            **args,
+        ),
+        kv_bytes=GIB,
+    )
+    with running_engine(folder, POLICY, guarded=False, **args) as engine:
+        scheduler = engine.scheduler
+        real = Sizing.of(scheduler.recycler.tables, scheduler.kv_cache_config)
+
+    assert real.streams > 1
+    assert planned.sizing == real
+    assert planned.start_up_line == f"StreamingLLM: {real}"
+
+
+def llama(folder: Path, positions: int) -> Path:
+    """A configuration alone, of 1 KiB of keys and values per token."""
+    config = config_of(family("Llama 3.1"))
+    config.update(
+        {
+            "max_position_embeddings": positions,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "torch_dtype": "float16",
+        }
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("llama"), 131072)
+
+
+def planned(model: Path, *words: str, **memory: int) -> Plan:
+    return plan(engine_args(str(model), words), **memory)
+
+
+def test_arithmetic_of_a_long_model(long_model: Path) -> None:
+    """By hand: 8,192 tokens by default, 64 pages of 128 tokens and one of sinks, 128 KiB each."""
+    made = planned(long_model, "--dtype", "float16", kv_bytes=GIB, wanted=200)
+
+    assert made.sizing.schedule.capacity == 8192
+    assert made.longest == 131072
+    assert made.sizing.stream_bytes == 65 * 128 * 1024
+    assert made.sizing.streams == (GIB // (128 * 1024) - 1) // 65 == 126
+    assert not made.fits
+    advised = made.command
+    assert "--sink-window 7932 --sink-stride 256 --max-num-seqs 200" in advised
+
+
+def test_the_capacity_that_is_advised_fits(
+    long_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(long_model), "--dtype", "float16", "--kv-memory", "1", "--streams", "200"]
+
+    assert main(words) == 1
+    said = capsys.readouterr().out
+    advised = said.split("--capacity ")[1].split(",")[0]
+    assert main([*words, "--capacity", advised]) == 0
+    assert "200 streams         take" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--sink-window", "200000"], "--sink-window=200000 makes a capacity"),
+        (["--max-model-len", "200000"], "--max-model-len=200000 is above 131072"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_is_refused_ends_with_its_sentence(
+    words: list[str], sentence: str, long_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(long_model), *words]) == 1
+    assert f"sink-vllm plan: error: {sentence}" in capsys.readouterr().err
