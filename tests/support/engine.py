@@ -150,7 +150,7 @@ class Engine:
         return [Generated.of(output) for output in outputs]
 
     def poison_free_pages(self) -> None:
-        """Fill K and V of all free pages with NaN, in all layers."""
+        """Fill all free pages with NaN, in all layers."""
         free = {block.block_id for block in free_pages(self.pool) if block.block_hash is None}
         self._fill(free - self.poisoned, torch.nan)
         self.num_poisoned += len(free - self.poisoned)
@@ -160,7 +160,8 @@ class Engine:
         if pages:
             index = torch.tensor(sorted(pages))
             for cache in self.runner.kv_caches:
-                cache[index] = value
+                # A page with a state of a recurrent layer is bytes; all bits set are a NaN, too.
+                cache[index] = (-1 if value else 0) if cache.dtype == torch.int8 else value
 
     def _hook(self) -> None:
         """Clean pages when they are handed out; observe every step."""

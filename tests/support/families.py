@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tests.support.families_hybrid import HYBRIDS
 from tests.support.families_media import MEDIA
 from tests.support.families_special import SPECIAL
 from tests.support.family import (
@@ -262,4 +263,5 @@ FAMILIES = (
     ),
     *SPECIAL,
     *MEDIA,
+    *HYBRIDS,
 )

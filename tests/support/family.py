@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedConfig
 
+from tests.support.engine import Policy
 from tests.support.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, _tokenizer
 
 HIDDEN, HEADS, HEAD_SIZE, LAYERS, MAX_POSITIONS = 128, 4, 32, 2, 128
@@ -42,6 +43,13 @@ class Family:
     """Layers whose keys do not depend on the position."""
     page: int = 32
     """Tokens per KV page: the smallest of the attention backend."""
+    recurrent: bool = False
+    """Whether some layers have a state in place of a cache. A page must hold it."""
+    stride: int = 0
+    """Tokens evicted at once, and half of the cache: those of a page; 32 or, with states, 64."""
+    dtype: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the engine."""
     tied_gain: float = 4.0
     """Scale of embeddings that are the output's weights, too."""
     gain: float = 1.0
@@ -60,7 +68,18 @@ class Family:
     def engine(self) -> dict[str, Any]:
         """Arguments for ``vllm.LLM``."""
         alone = {} if self.media is None else {"language_model_only": True}
-        return {"block_size": self.page, **alone}
+        return {"block_size": self.page, "dtype": self.dtype, **alone, **self.options}
+
+    @property
+    def policy(self) -> Policy:
+        """With it streams evict, and where keys are rotated re-anchor, within hundreds of tokens."""
+        stride = self.stride or (64 if self.recurrent else 32)
+        return Policy(4, stride - 4, stride)
+
+    @property
+    def evictions(self) -> int:
+        """That a test's streams have gone through at least."""
+        return 320 // self.policy.g
 
     @property
     def model_class(self) -> Any:
@@ -147,7 +166,9 @@ def _fill(model: Any, family: Family) -> None:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             part = name.split(".")[-2]
-            if name.endswith("bias"):
+            if name.endswith("A_log"):
+                weight.copy_(0.5 * noise - 4.0)  # a state forgets half within some fifty tokens
+            elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
             elif weight.dim() == 1:  # norms: near one, but not exactly
                 peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
@@ -158,6 +179,8 @@ def _fill(model: Any, family: Family) -> None:
                 weight.copy_(noise * (family.tied_gain / weight.shape[1] ** 0.5 if tied else 1.0))
             else:
                 weight.copy_(noise * family.gain * _gain(name) / weight.shape[-1] ** 0.5)
+            if family.dtype == "bfloat16":
+                weight.copy_(weight.bfloat16())
 
 
 def _gain(name: str) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from tests.support.oracle import Oracle
 
@@ -57,7 +57,8 @@ class UnrotatedCache(DynamicCache):
     def drop(self, begin: int, end: int) -> None:
         """Remove cache positions ``[begin, end)``; later ones move down."""
         for layer in self.layers:
-            assert isinstance(layer, DynamicLayer)
+            if not isinstance(layer, DynamicLayer):
+                continue  # a recurrent layer: its state runs on
             assert layer.keys is not None
             assert layer.values is not None
             layer.keys = torch.cat((layer.keys[:, :, :begin], layer.keys[:, :, end:]), dim=2)
@@ -210,6 +211,13 @@ def _without_approximations(model: Any) -> Any:
     return model.eval()
 
 
+def _has_states(config: Any) -> bool:
+    return any(
+        isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in DynamicCache(config=config).layers
+    )
+
+
 class HFModel:
     """A checkpoint run by transformers, in the shape ``tests.support.oracle`` calls."""
 
@@ -235,7 +243,9 @@ class HFModel:
     def new_cache(self, streams: int, capacity: int) -> Caches:
         kind = self.model.config.model_type
         self.rotary = _ROTARIES.get(kind, _Rotary)(self.model, capacity)
-        caches = [UnrotatedCache() for _ in range(streams)]
+        # Without its configuration, so that layers with a sliding window keep all of the cache.
+        config = self.model.config if _has_states(self.model.config) else None
+        caches = [UnrotatedCache(config=config) for _ in range(streams)]
         for cache in caches:
             cache.latent = kind.startswith("deepseek")
         return Caches(caches)
