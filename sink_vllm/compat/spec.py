@@ -69,7 +69,7 @@ class StreamingLLMSpec(FullAttentionSpec):
             window=config.schedule.window,
             stride=config.schedule.stride,
             rope_rows=rope_rows,
-            pinnable=most_sink_tokens(config) if config.native_window else 0,
+            pinnable=most_sink_tokens(config) if config.native_window or config.recurrent else 0,
         )
 
     @property

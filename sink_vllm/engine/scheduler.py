@@ -68,6 +68,14 @@ class StreamingLLMMixin(AdmittingMixin):
             # One page of the pool is vLLM's null block.
             (self.kv_cache_config.num_blocks - 1) // per_stream,
         )
+        states = len(self.recycler.tables.recurrent)
+        if states:
+            logger.info(
+                "StreamingLLM: %d of these pages hold recurrent states, which run on when tokens "
+                "are evicted. There is no prefix cache beside them: a conversation that is sent "
+                "again is streamed in again.",
+                states,
+            )
         for note in notes_of(self.vllm_config.model_config, spec.schedule.capacity):
             logger.info("StreamingLLM: %s.", note)
 

@@ -33,6 +33,8 @@ class SinkConfig:
     """Most tokens of prompt and output of one request; 0 for no bound."""
     native_window: int = 0
     """Longest window (tokens) of layers that have page tables of their own; 0 if none have."""
+    recurrent: bool = False
+    """Whether there are recurrent layers, which have page tables of their own."""
 
     @property
     def capacity(self) -> int:
@@ -142,6 +144,7 @@ class SinkConfig:
             sink_pin=options.sink_pin,
             max_stream_tokens=options.sink_max_stream_tokens,
             native_window=_native_window(vllm_config, options.sink_window),
+            recurrent=vllm_config.model_config.is_hybrid,
         )
 
 

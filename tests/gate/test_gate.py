@@ -29,12 +29,33 @@ CASES: dict[str, tuple[Facts, str]] = {
     ),
     "pooling": (Facts(runner="pooling"), "--runner pooling"),
     "attention-free": (
-        Facts(attention_free=True, recurrent_layers=True, positions="other", architecture="Mamba"),
+        Facts(
+            attention_free=True,
+            recurrent_layers=("mamba1",),
+            positions="other",
+            architecture="Mamba",
+        ),
         "Mamba",
     ),
     "bidirectional": (Facts(bidirectional=True), "LlamaForCausalLM"),
     "diffusion": (Facts(diffusion=True), "LlamaForCausalLM"),
-    "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
+    "recurrent layers": (Facts(recurrent_layers=("mamba1", "mamba2")), "['mamba1']"),
+    "prefix caching of recurrent layers": (
+        Facts(recurrent_layers=("mamba2",), prefix_caching=True),
+        "--enable-prefix-caching",
+    ),
+    "speculation with recurrent layers": (
+        Facts(recurrent_layers=("short_conv",), speculative_method="ngram"),
+        "ngram",
+    ),
+    "replayed states": (
+        Facts(recurrent_layers=("mamba2",), replayed_states=True),
+        "--use-replayssm",
+    ),
+    "LFM2 on CPUs": (
+        Facts(heads_rotated_apart=True, rotary_op=True, architecture="Lfm2ForCausalLM"),
+        "Lfm2ForCausalLM",
+    ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "MLA without RoPE scaling on CPUs": (
         Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),

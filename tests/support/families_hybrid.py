@@ -7,7 +7,7 @@ for as many tokens as the cache has.
 
 from typing import Any
 
-from tests.support.family import HIDDEN, MOE, Family, rope
+from tests.support.family import HIDDEN, MOE, TIED, Family, rope
 
 MAMBA: dict[str, Any] = {
     "mamba_d_ssm": HIDDEN,
@@ -24,7 +24,8 @@ GDN: dict[str, Any] = {
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 1,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
     "head_dim": 64,
     "num_hidden_layers": 4,
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
@@ -81,14 +82,20 @@ HYBRIDS = (
             "num_hidden_layers": 4,
             "layer_types": ["conv", "conv", "full_attention", "conv"],
             "block_auto_adjust_ff_dim": False,
+            # Of published checkpoints, which vLLM reads and the class of transformers does not.
+            **dict.fromkeys(("block_dim", "conv_dim", "conv_dim_out"), HIDDEN),
+            "conv_L_cache": 3,
+            **TIED,
         },
         options={"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
     ),
     Family(
-        name="Qwen3.5 (text class)",
+        name="Qwen3.5",
         model="Qwen3_5Text",
-        special="gated delta nets, partial rotation, M-RoPE",
+        special="the text class; gated delta nets, partial rotation, M-RoPE",
         dtype="bfloat16",
+        on_v2=False,
+        torch_convolutions=True,
         recurrent=True,
         settings={
             **GDN,
@@ -100,12 +107,16 @@ HYBRIDS = (
         model="Qwen3Next",
         special="gated delta nets, partial rotation, mixture of experts",
         dtype="bfloat16",
+        on_v2=False,
+        torch_convolutions=True,
         recurrent=True,
         settings={
             **GDN,
             **rope(partial_rotary_factor=0.5),
             **MOE,
+            # All of them: a router that rounding makes choose others would hide everything else.
             "num_experts": 4,
+            "num_experts_per_tok": 4,
             "shared_expert_intermediate_size": 64,
         },
     ),

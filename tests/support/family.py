@@ -48,6 +48,11 @@ class Family:
     stride: int = 0
     """Tokens evicted at once, and half of the cache: those of a page; 32 or, with states, 64."""
     dtype: str = "float32"
+    torch_convolutions: bool = False
+    """Whether vLLM's convolutions of gated delta nets must be those in torch: its op for CPUs with
+    AVX512-BF16 takes no input that is a part of a projection, and fails on Qwen3.5."""
+    on_v2: bool = True
+    """Whether its kernels run under Triton's interpreter."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the engine."""
     tied_gain: float = 4.0

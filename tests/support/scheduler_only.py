@@ -172,13 +172,14 @@ def _attention_groups(settings: Settings) -> list[KVCacheSpec]:
         rope_rows=settings.rope_rows,
         **_ARITHMETIC,
     )
+    if settings.native_window or settings.recurrent:
+        # As `StreamingLLMSpec.wrap` does: room for all sink tokens a request may ask for.
+        config = SinkConfig(
+            schedule=s, block_size=settings.block_size, native_window=settings.native_window
+        )
+        full = replace(full, pinnable=most_sink_tokens(config))
     if not settings.native_window:
         return [full]
-    # As `StreamingLLMSpec.wrap` does: room for all sink tokens a request may ask for.
-    config = SinkConfig(
-        schedule=s, block_size=settings.block_size, native_window=settings.native_window
-    )
-    full = replace(full, pinnable=most_sink_tokens(config))
     windowed = StreamingLLMWindowSpec(
         block_size=settings.block_size, sliding_window=settings.native_window, **_ARITHMETIC
     )
