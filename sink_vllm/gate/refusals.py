@@ -144,7 +144,7 @@ REFUSALS: tuple[Refusal, ...] = (
             f.heads_rotated_apart and f.platform == "cpu" and f.rotary_op, f.architecture
         ),
         "vLLM itself rotates only one head of a token there",
-        "add --compilation-config '{\"custom_ops\": [\"-rotary_embedding\"]}'",
+        'add --compilation-config \'{"custom_ops": ["-rotary_embedding"]}\'',
     ),
     Refusal(
         "sparse attention",

@@ -189,9 +189,11 @@ def _no_window(
     given = limit == max_model_len != bound.most
     what = f"--max-model-len={limit}" if given else f"{limit} tokens ({source})"
     way_out = f"{least} or more" if least <= bound.most else "--kv-policy full"
+    if not states:
+        way_out += ", or a smaller --block-size"
     return (
         f"{what} is no room for a window behind {sinks} sink tokens and a stride of one KV block "
-        f"of {block_size} tokens{why}; use {way_out}{'' if states else ', or a smaller --block-size'}."
+        f"of {block_size} tokens{why}; use {way_out}."
     )
 
 

@@ -49,7 +49,9 @@ def test_family_streams_exactly(
     with (
         convolutions_of(family),
         classes_restored(family.model_class),
-        running_engine(folder, family.policy, max_num_batched_tokens=100, **family.engine) as engine,
+        running_engine(
+            folder, family.policy, max_num_batched_tokens=100, **family.engine
+        ) as engine,
     ):
         generated = engine.greedy(PROMPTS, NUM_TOKENS)
         check_all_free(engine)

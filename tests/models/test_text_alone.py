@@ -20,7 +20,9 @@ def test_a_resent_conversation_is_resumed_exactly(tmp_path: Path) -> None:
     oracle = HFOracle(folder)
     conversation = PROMPTS[1]
 
-    with running_engine(folder, family.policy, enable_prefix_caching=True, **family.engine) as engine:
+    with running_engine(
+        folder, family.policy, enable_prefix_caching=True, **family.engine
+    ) as engine:
         for turn in range(3):
             prompts = [conversation, random_tokens(20, turn)]
             answers = engine.greedy(prompts, 90)

@@ -38,6 +38,7 @@ HYBRIDS = (
         model="FalconH1",
         special="Mamba2 beside attention in every layer",
         recurrent=True,
+        on_v2=False,
         settings=MAMBA,
     ),
     Family(
@@ -46,6 +47,7 @@ HYBRIDS = (
         special="Mamba2, attention without positions (NoPE)",
         positions="none",
         recurrent=True,
+        on_v2=False,
         settings={
             **{name: value for name, value in MAMBA.items() if name != "mamba_d_ssm"},
             "num_hidden_layers": 4,
@@ -63,6 +65,7 @@ HYBRIDS = (
         special="Mamba2, attention without positions (NoPE), layers without either",
         positions="none",
         recurrent=True,
+        on_v2=False,
         settings={
             "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
             "mamba_num_heads": 4,
@@ -77,6 +80,7 @@ HYBRIDS = (
         model="Lfm2",
         special="short convolutions",
         recurrent=True,
+        on_v2=False,
         stride=32,  # a state is smaller than a page
         settings={
             "num_hidden_layers": 4,
@@ -94,9 +98,9 @@ HYBRIDS = (
         model="Qwen3_5Text",
         special="the text class; gated delta nets, partial rotation, M-RoPE",
         dtype="bfloat16",
-        on_v2=False,
         torch_convolutions=True,
         recurrent=True,
+        on_v2=False,
         settings={
             **GDN,
             **rope(partial_rotary_factor=0.5, mrope_section=[6, 5, 5], mrope_interleaved=True),
@@ -107,9 +111,9 @@ HYBRIDS = (
         model="Qwen3Next",
         special="gated delta nets, partial rotation, mixture of experts",
         dtype="bfloat16",
-        on_v2=False,
         torch_convolutions=True,
         recurrent=True,
+        on_v2=False,
         settings={
             **GDN,
             **rope(partial_rotary_factor=0.5),

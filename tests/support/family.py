@@ -52,7 +52,7 @@ class Family:
     """Whether vLLM's convolutions of gated delta nets must be those in torch: its op for CPUs with
     AVX512-BF16 takes no input that is a part of a projection, and fails on Qwen3.5."""
     on_v2: bool = True
-    """Whether its kernels run under Triton's interpreter."""
+    """Whether it is run on V2, too, under Triton's interpreter."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the engine."""
     tied_gain: float = 4.0
@@ -77,7 +77,7 @@ class Family:
 
     @property
     def policy(self) -> Policy:
-        """With it streams evict, and where keys are rotated re-anchor, within hundreds of tokens."""
+        """With it streams evict, and where keys rotate re-anchor, within hundreds of tokens."""
         stride = self.stride or (64 if self.recurrent else 32)
         return Policy(4, stride - 4, stride)
 

@@ -36,8 +36,8 @@ class Verdict:
         before = self.before_evictions
         noise = "" if before is None else f" ({before:.1e} before the first eviction)"
         return (
-            f"{self.tokens} tokens, max |dlogprob| {self.max_difference:.1e}{noise}, ties {self.ties}, "
-            f"evictions >= {self.least_evictions}, re-anchorings >= {self.least_reanchorings}"
+            f"{self.tokens} tokens, max |dlogprob| {self.max_difference:.1e}{noise}, "
+            f"ties {self.ties}, evictions >= {self.least_evictions}, re-anchorings >= {self.least_reanchorings}"
         )
 
 
@@ -54,9 +54,7 @@ def judge_rounded(
     after: list[float] = []
     for prompt, truth, result in zip(prompts, expected, generated, strict=True):
         assert result.evictions == truth.evictions, (result.evictions, truth.evictions)
-        differences = [
-            abs(a - b) for a, b in zip(truth.logprobs, result.logprobs, strict=True)
-        ]
+        differences = [abs(a - b) for a, b in zip(truth.logprobs, result.logprobs, strict=True)]
         first = max(policy.capacity + 1 - len(prompt), 0)
         before += differences[:first]
         after += differences[first:]

@@ -22,13 +22,13 @@ Each row is a tiny model with random weights, made in the test and run by the mo
 uses for the real one: its own, that of transformers (vLLM's Transformers backend), or, for MPT,
 which vLLM dropped after 0.28, this project's (`sink_vllm/models/mpt.py`). The tokens
 and log-probabilities of whole streams equal those of the same checkpoint run by transformers, one
-token at a time, with keys renumbered by cache position (float32, 1e-4). States of recurrent layers run on
-there, whatever is evicted. Where vLLM's kernels need bfloat16, the measure is how far they are from
-transformers in float32 before the first eviction: they must be as close after it.
+token at a time, with keys renumbered by cache position (float32, 1e-4); states of recurrent layers
+run on. Where vLLM's kernels need bfloat16, the measure is how far they are from transformers in
+float32 before the first eviction: they must be as close after it.
 
-Streams have 500 tokens, 10 or more evictions (5 with recurrent layers, whose pages are larger), and a
+Streams have 500 tokens, 10 or more evictions (5 where a page holds a state and is larger), and a
 re-anchoring where keys are rotated (with ALiBi and NoPE they are not); the same ones on both of
-vLLM's model runners:
+vLLM's model runners, where the column does not say that it was not run:
 
 - **V1**, which vLLM uses on CPUs;
 - **V2**, which it uses on GPUs, here under Triton's interpreter.

@@ -129,9 +129,7 @@ SERVED = (
     ),
     Served(name="Phi-4, Phi-4-reasoning", architecture="Phi3ForCausalLM", tested="Phi-3"),
     Served(name="Phi-4-mini, Phi-3.5-mini", architecture="Phi3ForCausalLM", tested="Phi-4-mini"),
-    Served(
-        name="Granite 4 H", architecture="GraniteMoeHybridForCausalLM", tested="Granite 4 H"
-    ),
+    Served(name="Granite 4 H", architecture="GraniteMoeHybridForCausalLM", tested="Granite 4 H"),
     Served(name="LFM2, 2.5", architecture="Lfm2ForCausalLM", tested="LFM2"),
     Served(name="Step-3.5-Flash", architecture="Step3p5ForCausalLM"),
 )

@@ -19,7 +19,6 @@ from tests.support.families import FAMILIES
 from tests.support.family import Family, write_family
 from tests.support.judge import judge, random_tokens
 from tests.support.oracle import Oracle
-from tests.support.oracle_hf import HFOracle
 from tests.support.positions_seen import PositionsSeen, watch_positions
 from tests.support.runner_job import INTERPRETED_V2, Batch, Ran, run_job
 from tests.support.tiny_models import EOS, TinyLlama
