@@ -37,7 +37,8 @@ class Verdict:
         noise = "" if before is None else f" ({before:.1e} before the first eviction)"
         return (
             f"{self.tokens} tokens, max |dlogprob| {self.max_difference:.1e}{noise}, "
-            f"ties {self.ties}, evictions >= {self.least_evictions}, re-anchorings >= {self.least_reanchorings}"
+            f"ties {self.ties}, evictions >= {self.least_evictions}, "
+            f"re-anchorings >= {self.least_reanchorings}"
         )
 
 
