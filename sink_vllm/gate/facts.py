@@ -51,6 +51,8 @@ class Facts:
     code of the model names none."""
     heads_rotated_apart: bool = False
     """The model hands its heads to the rotary module with a dimension of their own."""
+    convolves_part_of_projection: bool = False
+    """Gated delta nets give their convolution a part of a wider projection."""
     multimodal: bool = False
     """Requests may bring images, audio and the like: vLLM does not serve the text side alone."""
     foreign_mrope: str | None = None
@@ -80,6 +82,7 @@ class Facts:
     # The engine.
     platform: str = "cpu"
     cpu_has_fp8_kernels: bool = True
+    cpu_has_bf16_convolutions: bool = False
     routed_experts: bool = False
     rust_frontend: bool = False
     rotary_op: bool = False
@@ -117,6 +120,8 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         platform=current_platform.device_type,
         # What ``cpu_attn._get_attn_isa`` asks, after the workers have started.
         cpu_has_fp8_kernels=torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported(),
+        # What ``gdn_attention._cpu_gdn_attention_nonspec`` asks, likewise.
+        cpu_has_bf16_convolutions=torch.cpu._is_avx512_bf16_supported(),
         routed_experts=vllm_config.aux_output_config.enable_return_routed_experts,
         rust_frontend=os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         rotary_op=not {"none", "-rotary_embedding"} & {*vllm_config.compilation_config.custom_ops},
@@ -160,6 +165,7 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "encoder_decoder": model_config.is_encoder_decoder,
         "attention_free": model_config.is_attention_free,
         "recurrent_layers": _recurrent_layers(model_config),
+        "convolves_part_of_projection": str(model_config.architecture).startswith("Qwen3_5"),
         "heads_rotated_apart": str(model_config.architecture).startswith("Lfm2"),
         "multimodal": model_config.supports_multimodal_inputs,
         "foreign_mrope": _foreign_mrope(model_config),

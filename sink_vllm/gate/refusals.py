@@ -131,11 +131,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "drop --speculative-config",
     ),
     Refusal(
+        "pipeline parallelism with recurrent layers",
+        "pipeline parallelism of models with recurrent layers",
+        lambda f: _if(bool(f.recurrent_layers) and f.pipeline_parallel > 1, f.pipeline_parallel),
+        "a stage without attention takes no part in the start-up self-test, for which others wait",
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
         "replayed states",
         "recurrent states that are replayed from a buffer",
         lambda f: _if(f.replayed_states, "--use-replayssm"),
         "that the buffer outlives evictions has not been tested",
         "drop --use-replayssm",
+    ),
+    Refusal(
+        "Qwen3.5 on CPUs with AVX512-BF16",
+        "Qwen3.5 on CPUs with AVX512-BF16",
+        lambda f: _if(
+            f.convolves_part_of_projection and f.platform == "cpu" and f.cpu_has_bf16_convolutions,
+            f.architecture,
+        ),
+        "vLLM itself fails there on a prompt, or the rest of one, of one token",
+        _OTHER_PLATFORM,
     ),
     Refusal(
         "LFM2 on CPUs",

@@ -48,9 +48,21 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(recurrent_layers=("short_conv",), speculative_method="ngram"),
         "ngram",
     ),
+    "pipeline parallelism with recurrent layers": (
+        Facts(recurrent_layers=("mamba2",), pipeline_parallel=2),
+        "(2)",
+    ),
     "replayed states": (
         Facts(recurrent_layers=("mamba2",), replayed_states=True),
         "--use-replayssm",
+    ),
+    "Qwen3.5 on CPUs with AVX512-BF16": (
+        Facts(
+            convolves_part_of_projection=True,
+            cpu_has_bf16_convolutions=True,
+            architecture="Qwen3_5ForCausalLM",
+        ),
+        "Qwen3_5ForCausalLM",
     ),
     "LFM2 on CPUs": (
         Facts(heads_rotated_apart=True, rotary_op=True, architecture="Lfm2ForCausalLM"),

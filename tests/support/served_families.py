@@ -28,13 +28,13 @@ SERVED = (
         name="Qwen3.5, 3.6, 3.8 (dense)",
         architecture="Qwen3_5ForConditionalGeneration",
         tested="Qwen3.5",
-        caveat="in bfloat16",
+        caveat="its text class in bfloat16; the multimodal one around it was not run",
     ),
     Served(
         name="Qwen3.5, 3.6 (MoE)",
         architecture="Qwen3_5MoeForConditionalGeneration",
         tested="Qwen3.5",
-        caveat="without its experts, in bfloat16",
+        caveat="its dense text class in bfloat16; experts and the multimodal class were not run",
     ),
     Served(name="Qwen3-VL", architecture="Qwen3VLForConditionalGeneration", tested="Qwen3-VL"),
     Served(name="Qwen3 (dense)", architecture="Qwen3ForCausalLM", tested="Qwen3"),
@@ -130,6 +130,11 @@ SERVED = (
     Served(name="Phi-4, Phi-4-reasoning", architecture="Phi3ForCausalLM", tested="Phi-3"),
     Served(name="Phi-4-mini, Phi-3.5-mini", architecture="Phi3ForCausalLM", tested="Phi-4-mini"),
     Served(name="Granite 4 H", architecture="GraniteMoeHybridForCausalLM", tested="Granite 4 H"),
-    Served(name="LFM2, 2.5", architecture="Lfm2ForCausalLM", tested="LFM2"),
+    Served(
+        name="LFM2, 2.5",
+        architecture="Lfm2ForCausalLM",
+        tested="LFM2",
+        caveat="with RoPE in torch: vLLM's own op is wrong for it on CPUs",
+    ),
     Served(name="Step-3.5-Flash", architecture="Step3p5ForCausalLM"),
 )
