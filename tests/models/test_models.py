@@ -30,7 +30,6 @@ from tests.support.refused_models import REFUSED, Refused
 from tests.support.tiny_models import LLAMA3_ROPE, TinyLlama
 
 PROMPTS = [random_tokens(length, length) for length in (5, 150)]
-NUM_TOKENS = 500
 
 
 def case_of(family: Family, engine: bool = True) -> Any:
@@ -53,7 +52,7 @@ def test_family_streams_exactly(
             folder, family.policy, max_num_batched_tokens=100, **family.engine
         ) as engine,
     ):
-        generated = engine.greedy(PROMPTS, NUM_TOKENS)
+        generated = engine.greedy(PROMPTS, family.tokens)
         check_all_free(engine)
         still = [not layer.rotation for layer in engine.runner.attention_layers]
         model = type(engine.runner.get_model()).__name__

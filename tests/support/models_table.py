@@ -26,7 +26,8 @@ token at a time, with keys renumbered by cache position (float32, 1e-4); states 
 run on. Where vLLM's kernels need bfloat16, the measure is how far they are from transformers in
 float32 before the first eviction: they must be as close after it.
 
-Streams have 500 tokens, 10 or more evictions (5 where a page holds a state and is larger), and a
+Streams have 500 tokens and 10 or more evictions (650 and 8 where a page that holds a state is
+larger), and a
 re-anchoring where keys are rotated (with ALiBi and NoPE they are not); the same ones on both of
 vLLM's model runners, where the column does not say that it was not run:
 

@@ -178,7 +178,7 @@ def test_v2_min_tokens_counts_evicted_tokens(sync: Ran) -> None:
 def test_v2_family_streams_exactly(family: Family, tmp_path: Path) -> None:
     """What every family is held to on V1 (``tests.models.test_models``), on this runner."""
     folder = write_family(tmp_path, family)
-    batch = Batch(models.PROMPTS, [GREEDY | {"max_tokens": models.NUM_TOKENS}] * 2)
+    batch = Batch(models.PROMPTS, [GREEDY | {"max_tokens": family.tokens}] * 2)
 
     ran = run_v2(folder, [batch], family.policy, watch=False, **family.engine)
 
