@@ -80,9 +80,10 @@ def test_streams_that_wait_for_pages_equal_the_judge(engine: Engine, folder: Pat
 @pytest.mark.engine
 def test_account_tells_that_a_state_was_rebuilt(engine: Engine, folder: Path) -> None:
     """An operator's reset: the stream goes on from its survivors as from a prompt, and says so."""
-    llm = engine.llm.llm_engine
+    llm: Any = engine.llm.llm_engine
     survivors: list[int] = []
-    before, outputs = 0, []
+    before = 0
+    outputs: list[Any] = []
     llm.add_request("0", {"prompt_token_ids": PROMPTS[0]}, greedy_params(300))
     while llm.has_unfinished_requests():
         outputs = llm.step() or outputs
