@@ -112,6 +112,7 @@ def run(options: argparse.Namespace) -> bool:
     setup = Setup(
         model=str(options.model),
         dtype=options.dtype,
+        prefix_caching=options.prefix_caching,
         block_size=options.block_size,
         sink_tokens=options.sinks,
         window=options.window,
@@ -150,6 +151,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=188)
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument(
+        "--no-prefix-caching",
+        dest="prefix_caching",
+        action="store_false",
+        help="in either arm; for models with recurrent layers",
+    )
     parser.add_argument("--control", action="store_true", help="stock against stock")
     parser.add_argument("--name", help="folder below benchmarks/results; default: date and commit")
     options = parser.parse_args(arguments)

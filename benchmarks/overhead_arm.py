@@ -33,6 +33,8 @@ class Setup:
     block_size: int = 32
     model: str = str(MODEL)
     dtype: str = "bfloat16"
+    prefix_caching: bool = True
+    """Of both arms; models with recurrent layers have none under the policy."""
 
     @property
     def schedule(self) -> Schedule:
@@ -52,6 +54,8 @@ class Setup:
             "disable_log_stats": True,
             "seed": 0,
         }
+        if not self.prefix_caching:
+            arguments["enable_prefix_caching"] = False
         if sink:
             arguments["additional_config"] = {
                 "kv_policy": "sink",

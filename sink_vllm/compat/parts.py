@@ -84,10 +84,14 @@ def check_workers(specs: Iterable[Mapping[str, "KVCacheSpec"]], config: SinkConf
     Raises:
         Refused: names the layer and both policies.
     """
+    from vllm.v1.kv_cache_interface import MambaSpec
+
     from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec
 
     ours = (StreamingLLMSpec, StreamingLLMWindowSpec)
     for name, spec in ((name, spec) for of_worker in specs for name, spec in of_worker.items()):
+        if isinstance(spec, MambaSpec):
+            continue  # the same with and without the policy
         schedule = spec.schedule if isinstance(spec, StreamingLLMSpec) else None
         if isinstance(spec, ours) == (config is not None) and (
             config is None or schedule in (None, config.schedule)

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
     replace_as,
@@ -68,7 +69,7 @@ class StreamingLLMSpec(FullAttentionSpec):
             window=config.schedule.window,
             stride=config.schedule.stride,
             rope_rows=rope_rows,
-            pinnable=most_sink_tokens(config) if config.native_window else 0,
+            pinnable=most_sink_tokens(config) if config.native_window or config.recurrent else 0,
         )
 
     @property
@@ -131,10 +132,15 @@ def under_policy(
 ) -> KVCacheSpec:
     """``spec`` of a layer under the policy; as it is if the policy does not know such layers.
 
+    That of a recurrent layer stays as it is, too: a page with the one state of a stream, which
+    evictions leave alone.
+
     Raises:
         ValueError: the cache is longer than the chunks that the layer sees, or they do not end
-            with a page.
+            with a page; or a recurrent layer keeps several states of a stream.
     """
+    if type(spec) is MambaSpec:
+        _check_state(spec)
     wrapper = _WRAPPERS.get(type(spec))
     if wrapper is None:
         return spec
@@ -167,6 +173,16 @@ def check_pages(specs: Mapping[str, KVCacheSpec]) -> None:
             f"{first} has pages of {one} bytes and {second} has pages of {other}: attention layers "
             f"that differ in shape do not share tables of pages yet; serve this model with "
             f"--kv-policy full."
+        )
+
+
+def _check_state(spec: MambaSpec) -> None:
+    """Several states of a stream would be found by cache positions, which evictions shift."""
+    if spec.mamba_cache_mode != "none" or spec.num_speculative_blocks:
+        raise ValueError(
+            f"mamba_cache_mode={spec.mamba_cache_mode!r} with {spec.num_speculative_blocks} states "
+            f"for drafts keeps several recurrent states of a stream, and --kv-policy sink one; "
+            f"drop --enable-prefix-caching, --mamba-cache-mode and --speculative-config."
         )
 
 

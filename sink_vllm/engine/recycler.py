@@ -158,6 +158,7 @@ class Recycler:
         stream = self.streams[request.request_id]
         self.tables.ledger.cancel(request.request_id)
         if stream.evictions:
+            stream.rebuilds += 1
             stream.rebuilt()
             # The workers must hear of it even if they never heard of the last eviction.
             self.to_refresh.add(request.request_id)

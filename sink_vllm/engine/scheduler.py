@@ -54,6 +54,14 @@ class StreamingLLMMixin(AdmittingMixin):
     def _log_start(self) -> None:
         sizing = Sizing.of(self.recycler.tables, self.kv_cache_config)
         logger.info("StreamingLLM: %s", sizing)
+        states = len(self.recycler.tables.recurrent)
+        if states:
+            logger.info(
+                "StreamingLLM: %d of these pages hold recurrent states, which run on when tokens "
+                "are evicted. There is no prefix cache beside them: a conversation that is sent "
+                "again is streamed in again.",
+                states,
+            )
         for note in notes_of(self.vllm_config.model_config, sizing.schedule.capacity):
             logger.info("StreamingLLM: %s.", note)
 
@@ -89,10 +97,19 @@ class StreamingLLMMixin(AdmittingMixin):
 
     def _handle_stopped_request(self, request: Request) -> bool:
         """A turn may end among draft tokens that were accepted. vLLM drops those behind its end,
-        and goes on counting them as computed, which the next turn of a session would begin with."""
+        and goes on counting them as computed, which the next turn of a session would begin with.
+
+        Asynchronous scheduling has computed the token that ends a turn before it is known to, and
+        a session goes on without it. Its keys are overwritten, but recurrent states have it in
+        them: they are computed again.
+        """
         behind_last = request.num_tokens - 1 + request.num_output_placeholders
         request.num_computed_tokens = min(request.num_computed_tokens, behind_last)
-        return super()._handle_stopped_request(request)
+        spoilt = bool(self.recycler.tables.recurrent and request.num_output_placeholders)
+        finished = super()._handle_stopped_request(request)
+        if spoilt and not finished:
+            self._give_way(request)
+        return finished
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False

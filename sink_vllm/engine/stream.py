@@ -102,6 +102,9 @@ class Stream:
     """Stream position minus cache position of every window token."""
     evictions: int = 0
     reanchorings: int = 0
+    rebuilds: int = 0
+    """How often it was computed again from the tokens left in its cache: keys, and the states of
+    recurrent layers, have lost what they knew of evicted ones."""
     chain_evictions: int = 0
     """Evictions since the cache was last built from its first token: all, unless preempted."""
     evicted_from_chain: int = 0
@@ -115,12 +118,13 @@ class Stream:
 
     def report(self, request: Request) -> dict[str, int]:
         """The machine-readable account that goes into the response."""
-        return {
+        account = {
             "evicted_tokens": self.evicted,
             "stream_position": self.evicted + request.num_tokens + len(self.pending),
             "evictions": self.evictions,
             "rope_reanchorings": self.reanchorings,
         }
+        return account | {"rebuilds": self.rebuilds} if self.rebuilds else account
 
     def rebuilt(self) -> None:
         """The cache is built anew, from the tokens in it as a prompt of its own."""

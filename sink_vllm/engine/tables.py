@@ -1,8 +1,10 @@
 """The page tables of all layers of a stream, which evict and resume together (engine core).
 
-Most models have one group of layers, with one table per request. Models whose sliding-window
-layers have tables of their own have several: of ``StreamingLLMManager`` for the layers that see
-everything in the cache, of ``StreamingLLMWindowManager`` for the others.
+Most models have one group of layers, with one table per request. Others have several: of
+``StreamingLLMManager`` for the layers that see everything in the cache, of
+``StreamingLLMWindowManager`` for sliding-window layers, and of vLLM's own ``MambaManager`` for
+recurrent layers. The table of those is one page, with the state after all tokens of the stream: it
+is taken with the first token, and neither grows nor moves, whatever is evicted.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SingleTypeKVCacheManager
 
 from sink_vllm.engine.boundary import Needed, longest_boundary
 from sink_vllm.engine.ledger import PageLedger
@@ -41,7 +43,8 @@ class PageTables:
     def __init__(self, managers: Sequence[SingleTypeKVCacheManager]) -> None:
         self.full = [one for one in managers if isinstance(one, StreamingLLMManager)]
         self.windowed = [one for one in managers if isinstance(one, StreamingLLMWindowManager)]
-        assert len(self.full) + len(self.windowed) == len(managers), "a group without the policy"
+        self.recurrent = [one for one in managers if isinstance(one, MambaManager)]
+        assert self.num_groups == len(managers), "a group without the policy"
         assert self.full, "layers that see everything keep the sinks"
         first = self.full[0]
         first.lookup_groups = [one.kv_cache_group_id for one in self.full]
@@ -52,13 +55,15 @@ class PageTables:
             full.bind(self.ledger)
         for window in self.windowed:
             window.bind(self.ledger)
+        for state in self.recurrent:
+            self.ledger.add_group(state.kv_cache_group_id, state.req_to_blocks)
         self._first = first
 
     # -- how many pages ---------------------------------------------------------------------
 
     @property
     def num_groups(self) -> int:
-        return len(self.full) + len(self.windowed)
+        return len(self.full) + len(self.windowed) + len(self.recurrent)
 
     @property
     def pages_per_stream(self) -> int:
@@ -76,10 +81,11 @@ class PageTables:
         """
         if tokens is None or tokens > schedule.capacity:
             full = pages_per_stream(schedule, self.block_size)
-            return len(self.full) * full + sum(one.pages_per_stream for one in self.windowed)
+            windowed = sum(one.pages_per_stream for one in self.windowed)
+            return len(self.full) * full + windowed + len(self.recurrent)
         pages = cdiv(tokens, self.block_size)
         windowed = sum(min(pages, one.pages_per_stream) for one in self.windowed)
-        return len(self.full) * pages + windowed
+        return len(self.full) * pages + windowed + len(self.recurrent)
 
     def pages_after(self, processed: int, tokens: int) -> int:
         """Pages in the tables of a request with ``tokens`` cached tokens after this step.
@@ -90,7 +96,7 @@ class PageTables:
             tokens: cached tokens after it.
         """
         windowed = sum(one.pages_after(processed, tokens) for one in self.windowed)
-        return len(self.full) * cdiv(tokens, self.block_size) + windowed
+        return len(self.full) * cdiv(tokens, self.block_size) + windowed + len(self.recurrent)
 
     def longest_chunk(self, computed: int, in_flight: int, tokens: int, allowed: int) -> int:
         """Tokens of a chunk that leaves a request with ``allowed`` pages in its tables.
@@ -172,6 +178,8 @@ class PageTables:
         self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int
     ) -> FoundPages | None:
         """The longest boundary a stream with these page hashes can be resumed at.
+
+        Never with recurrent layers, whose states are not in the prefix cache.
 
         Args:
             schedule: of the stream.

@@ -51,7 +51,13 @@ class Facts:
     runner: str = "generate"
     encoder_decoder: bool = False
     attention_free: bool = False
-    recurrent_layers: bool = False
+    recurrent_layers: tuple[str, ...] = ()
+    """Kinds of recurrent layers, as vLLM names the shapes of their states; ``unknown`` where its
+    code of the model names none."""
+    heads_rotated_apart: bool = False
+    """The model hands its heads to the rotary module with a dimension of their own."""
+    convolves_part_of_projection: bool = False
+    """Gated delta nets give their convolution a part of a wider projection."""
     multimodal: bool = False
     """Requests may bring images, audio and the like: vLLM does not serve the text side alone."""
     foreign_mrope: str | None = None
@@ -83,9 +89,15 @@ class Facts:
     # The engine.
     platform: str = "cpu"
     cpu_has_fp8_kernels: bool = True
+    cpu_has_bf16_convolutions: bool = False
     routed_experts: bool = False
     rust_frontend: bool = False
+    rotary_op: bool = False
+    """Whether rotary modules run vLLM's own op and not their torch code."""
     chunked_prefill: bool = True
+    prefix_caching: bool = False
+    replayed_states: bool = False
+    """Whether recurrent layers compute states from a buffer of inputs."""
     kv_cache_dtype: str = "auto"
     speculative_method: str | None = None
     draft_kv_cache: bool = False
@@ -115,9 +127,14 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         platform=current_platform.device_type,
         # What ``cpu_attn._get_attn_isa`` asks, after the workers have started.
         cpu_has_fp8_kernels=torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported(),
+        # What ``gdn_attention._cpu_gdn_attention_nonspec`` asks, likewise.
+        cpu_has_bf16_convolutions=torch.cpu._is_avx512_bf16_supported(),
         routed_experts=vllm_config.aux_output_config.enable_return_routed_experts,
         rust_frontend=os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+        rotary_op=not {"none", "-rotary_embedding"} & {*vllm_config.compilation_config.custom_ops},
         chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,
+        prefix_caching=cache.enable_prefix_caching,
+        replayed_states=cache.use_replayssm,
         kv_cache_dtype=cache.cache_dtype,
         speculative_method=None if speculative is None else str(speculative.method),
         draft_kv_cache=speculative is not None and speculative.uses_draft_kv_cache(),
@@ -155,7 +172,9 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "runner": model_config.runner_type,
         "encoder_decoder": model_config.is_encoder_decoder,
         "attention_free": model_config.is_attention_free,
-        "recurrent_layers": model_config.is_hybrid or model_config.has_inner_state,
+        "recurrent_layers": _recurrent_layers(model_config),
+        "convolves_part_of_projection": str(model_config.architecture).startswith("Qwen3_5"),
+        "heads_rotated_apart": str(model_config.architecture).startswith("Lfm2"),
         "multimodal": model_config.supports_multimodal_inputs,
         "foreign_mrope": _foreign_mrope(model_config),
         "chunked_attention": _chunked_attention(text),
@@ -204,7 +223,7 @@ def _positions(model_config: "ModelConfig", rope: list[dict[str, Any]]) -> str:
     self-test is the second net, for a configuration that promises one thing and does another.
     """
     text = model_config.hf_text_config
-    recurrent = model_config.is_hybrid or model_config.has_inner_state
+    recurrent = _is_recurrent(model_config)
     named = getattr(text, "position_embedding_type", "")
     if model_config.uses_alibi:
         return "alibi"
@@ -229,8 +248,23 @@ def _rotates(architecture: str) -> bool:
     return any("get_rope(" in one for one in codes)
 
 
+def _is_recurrent(model_config: "ModelConfig") -> bool:
+    return model_config.is_hybrid or model_config.has_inner_state
+
+
+def _recurrent_layers(model_config: "ModelConfig") -> tuple[str, ...]:
+    if not _is_recurrent(model_config):
+        return ()
+    code = _code_of(model_config.architecture)
+    shapes = re.findall(r"MambaStateShapeCalculator\.(\w+)_state_shape", code)
+    return tuple(sorted(set(shapes))) or ("unknown",)
+
+
 def _code_of(architecture: str) -> str:
-    """Read and not imported: models may ask for packages, and for a GPU."""
+    """The text of vLLM's code of the model; nothing if there is none.
+
+    Read and not imported: models may ask for packages, and for a GPU.
+    """
     from vllm.model_executor.models import ModelRegistry
 
     module = getattr(ModelRegistry.models.get(architecture), "module_name", None)

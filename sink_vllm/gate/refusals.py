@@ -22,6 +22,9 @@ KNOWN_ROPE_TYPES = (
 )
 ROPE_TYPES_OF_LENGTH = ("dynamic", "longrope")
 """vLLM's own modules choose frequencies once; those of transformers by the positions of a step."""
+RECURRENT_LAYERS = ("gated_delta_net", "mamba2", "short_conv")
+"""Kinds whose states have been seen to run on across evictions, by vLLM's names of their shapes.
+They know no positions, and go on from the state they find if any tokens are computed already."""
 PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FP8_KV_DTYPES = ("fp8", "fp8_e4m3")
 """One scale for all keys of a layer or of a head: it cancels when a key is rotated."""
@@ -106,10 +109,59 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "recurrent layers",
-        "hybrid models with state-space or linear-attention layers",
-        lambda f: _if(f.recurrent_layers, f.architecture),
-        "their recurrent state cannot forget evicted tokens, and shares pages with the KV cache",
+        "recurrent layers other than gated delta nets, Mamba2 and short convolutions",
+        lambda f: [kind for kind in f.recurrent_layers if kind not in RECURRENT_LAYERS],
+        "that their state runs on when tokens are evicted has not been tested: vLLM has no kernels "
+        "for them on CPUs, or they count positions",
         _OTHER_MODEL,
+    ),
+    Refusal(
+        "prefix caching of recurrent layers",
+        "prefix caching of models with recurrent layers",
+        lambda f: _if(bool(f.recurrent_layers) and f.prefix_caching, "--enable-prefix-caching"),
+        "vLLM finds cached states by positions in the cache, which evictions shift",
+        "drop --enable-prefix-caching; a conversation that is sent again is streamed in again",
+    ),
+    Refusal(
+        "speculation with recurrent layers",
+        "speculative decoding of models with recurrent layers",
+        lambda f: _if(bool(f.recurrent_layers), f.speculative_method),
+        "a stream would have a state for every draft, and an eviction would have to know which "
+        "of them goes on",
+        "drop --speculative-config",
+    ),
+    Refusal(
+        "pipeline parallelism with recurrent layers",
+        "pipeline parallelism of models with recurrent layers",
+        lambda f: _if(bool(f.recurrent_layers) and f.pipeline_parallel > 1, f.pipeline_parallel),
+        "a stage without attention takes no part in the start-up self-test, for which others wait",
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
+        "replayed states",
+        "recurrent states that are replayed from a buffer",
+        lambda f: _if(f.replayed_states, "--use-replayssm"),
+        "that the buffer outlives evictions has not been tested",
+        "drop --use-replayssm",
+    ),
+    Refusal(
+        "Qwen3.5 on CPUs with AVX512-BF16",
+        "Qwen3.5 on CPUs with AVX512-BF16",
+        lambda f: _if(
+            f.convolves_part_of_projection and f.platform == "cpu" and f.cpu_has_bf16_convolutions,
+            f.architecture,
+        ),
+        "vLLM itself fails there on a prompt, or the rest of one, of one token",
+        _OTHER_PLATFORM,
+    ),
+    Refusal(
+        "LFM2 on CPUs",
+        "LFM2 with vLLM's rotary op on CPUs",
+        lambda f: _if(
+            f.heads_rotated_apart and f.platform == "cpu" and f.rotary_op, f.architecture
+        ),
+        "vLLM itself rotates only one head of a token there",
+        'add --compilation-config \'{"custom_ops": ["-rotary_embedding"]}\'',
     ),
     Refusal(
         "sparse attention",

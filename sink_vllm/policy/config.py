@@ -33,6 +33,8 @@ class SinkConfig:
     """Most tokens of prompt and output of one request; 0 for no bound."""
     native_window: int = 0
     """Longest window (tokens) of layers that have page tables of their own; 0 if none have."""
+    recurrent: bool = False
+    """Whether there are recurrent layers, which have page tables of their own."""
 
     @property
     def capacity(self) -> int:
@@ -63,6 +65,7 @@ class SinkConfig:
         block_size: int,
         bound: Bound,
         max_model_len: int | None = None,
+        states: bool = False,
     ) -> "SinkConfig":
         """Fill in window and stride, and check every number against the others.
 
@@ -71,6 +74,7 @@ class SinkConfig:
             block_size: tokens per KV page.
             bound: of the capacity: the length the model was trained for, or a shorter one.
             max_model_len: ``--max-model-len`` as given; the capacity when no window is given.
+            states: a page holds the state of a recurrent layer, too, which decides its size.
 
         Raises:
             ValueError: one sentence that names option, value, rule and way out.
@@ -86,7 +90,7 @@ class SinkConfig:
         stride = options.sink_stride or _default_stride(basis, block_size)
         room = limit - sinks - stride
         if stride % block_size or room < 1:
-            raise ValueError(_no_window(options, stride, block_size, bound, max_model_len))
+            raise ValueError(_no_window(options, stride, block_size, bound, max_model_len, states))
         window = options.sink_window or room
         if window > room:
             raise ValueError(
@@ -140,11 +144,17 @@ class SinkConfig:
             sink_pin=options.sink_pin,
             max_stream_tokens=options.sink_max_stream_tokens,
             native_window=_native_window(vllm_config, options.sink_window),
+            recurrent=vllm_config.model_config.is_hybrid,
         )
 
 
 def _no_window(
-    options: SinkOptions, stride: int, block_size: int, bound: Bound, max_model_len: int | None
+    options: SinkOptions,
+    stride: int,
+    block_size: int,
+    bound: Bound,
+    max_model_len: int | None,
+    states: bool,
 ) -> str:
     """Why no window is left, or no whole stride: what to blame, and a value that helps.
 
@@ -153,16 +163,17 @@ def _no_window(
     sinks = options.sink_tokens
     limit, source = bound.limit(options.sink_window, max_model_len)
     blocks = (limit - sinks - 1) // block_size  # in the longest possible stride
+    why = ", in which the state of a recurrent layer must fit" if states else ""
     if options.sink_stride is not None and blocks > 0:
         if stride % block_size == 0:
             return (
                 f"--sink-stride={stride} leaves no window behind {sinks} sink tokens in "
                 f"{limit} tokens ({source}); use {blocks * block_size} or less (a multiple of the "
-                f"KV block size {block_size})."
+                f"KV block size {block_size}{why})."
             )
         near = {min(max(stride // block_size + up, 1), blocks) * block_size for up in (0, 1)}
         return (
-            f"--sink-stride={stride} is not a multiple of the KV block size {block_size}; use "
+            f"--sink-stride={stride} is not a multiple of the KV block size {block_size}{why}; use "
             f"{' or '.join(map(str, sorted(near)))}."
         )
     if limit <= stride or stride % block_size:
@@ -178,9 +189,11 @@ def _no_window(
     given = limit == max_model_len != bound.most
     what = f"--max-model-len={limit}" if given else f"{limit} tokens ({source})"
     way_out = f"{least} or more" if least <= bound.most else "--kv-policy full"
+    if not states:
+        way_out += ", or a smaller --block-size"
     return (
         f"{what} is no room for a window behind {sinks} sink tokens and a stride of one KV block "
-        f"of {block_size} tokens; use {way_out}, or a smaller --block-size."
+        f"of {block_size} tokens{why}; use {way_out}."
     )
 
 

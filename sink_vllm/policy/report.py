@@ -7,7 +7,10 @@ a KV connector, which the policy refuses)::
     "kv_transfer_params": {"streaming_llm": {
         "evicted_tokens": 96, "evictions": 3, "rope_reanchorings": 0, "stream_position": 300}}
 
-``stream_position`` counts prompt and output tokens. With ``n > 1`` or several prompts the numbers
+``stream_position`` counts prompt and output tokens. ``rebuilds`` is there if it is not 0: how often
+the stream, after it had evicted, lost its pages (to a reset, or to a request of higher priority)
+and was computed again from the tokens left in it. What keys, and the states of recurrent layers,
+knew of evicted text is gone then. With ``n > 1`` or several prompts the numbers
 are totals, ``stream_position`` is left out, and ``"choices"`` lists every choice that evicted,
 with its ``"index"``. Responses that evicted nothing stay as vLLM makes them. vLLM's streams leave
 the field out; there it is added to the last chunk of each choice (the one with its
@@ -27,7 +30,8 @@ FIELD = "kv_transfer_params"
 KEY = "streaming_llm"
 
 Report = dict[str, int]
-"""``evicted_tokens``, ``evictions``, ``rope_reanchorings``, ``stream_position`` of one stream."""
+"""``evicted_tokens``, ``evictions``, ``rope_reanchorings``, ``stream_position`` of one stream, and
+``rebuilds`` if there were any."""
 
 _TOTALS = ("evicted_tokens", "evictions", "rope_reanchorings")
 
@@ -39,8 +43,10 @@ def with_account(params: Mapping[str, Any] | None, account: Mapping[str, Any]) -
 
 def totals(choices: Mapping[int, Report]) -> dict[str, Any]:
     """One account for several streams, by choice index."""
+    rebuilds = sum(report.get("rebuilds", 0) for report in choices.values())
     return {
         **{name: sum(report.get(name, 0) for report in choices.values()) for name in _TOTALS},
+        **({"rebuilds": rebuilds} if rebuilds else {}),
         "choices": [{"index": index, **choices[index]} for index in sorted(choices)],
     }
 

@@ -72,6 +72,8 @@ class _Model(NamedTuple):
     """The largest ``max_model_len`` that vLLM takes."""
     named_block_size: int | None
     """Tokens per KV page that vLLM is told; ``None`` where vLLM decides."""
+    recurrent: bool
+    """Whether it has recurrent layers beside attention."""
 
     @property
     def block_size(self) -> int:
@@ -96,7 +98,8 @@ def _look_at_model(engine_args: "EngineArgs", options: SinkOptions) -> _Model:
     bound = bound_of(model_config)
     limit, _ = bound.limit(options.sink_window, given_len)
     named = named_block_size(engine_args.block_size, options, limit, model_config.use_mla)
-    return _Model(bound, max(model_config.max_model_len, bound.most), named)
+    longest = max(model_config.max_model_len, bound.most)
+    return _Model(bound, longest, named, model_config.is_hybrid)
 
 
 def _resolve(
@@ -109,6 +112,7 @@ def _resolve(
             block_size=block_size,
             bound=model.bound,
             max_model_len=engine_args.max_model_len,
+            states=model.recurrent,
         )
 
 
@@ -129,6 +133,8 @@ def _engine_settings(
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "additional_config": engine_args.additional_config | config.as_additional_config(),
     }
+    if model.recurrent and engine_args.enable_prefix_caching is None:
+        settings["enable_prefix_caching"] = False  # vLLM's default finds states by cache positions
     own = {name: getattr(engine_args, name) for name in settings}
     for name, value in settings.items():
         setattr(engine_args, name, value)
@@ -156,6 +162,9 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig, longest: int) -> None
     # The cache holds capacity <= trained length tokens. The one more is room for the token that
     # has been sampled and evicts before it is computed: no untrained position is ever used.
     vllm_config.model_config.max_model_len = config.max_model_len
+    if vllm_config.model_config.is_hybrid:
+        # Tokens after which a stream would get another page for its state: more than it ever has.
+        vllm_config.cache_config.mamba_block_size = config.max_model_len
     scheduler = vllm_config.scheduler_config
     if not scheduler.enable_chunked_prefill:
         # A prompt is begun in one step or not at all, also while all others decode.

@@ -34,6 +34,7 @@ REACH = {
     "v2": 0.3,
     "truncate": 0.1,
     "windowed": 0.1,
+    "recurrent": 0.1,
     "drafts accepted": 1,
     "evictions with drafts": 0.3,
 }

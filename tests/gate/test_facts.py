@@ -1,6 +1,7 @@
 """Facts of configurations that say little, or something misleading, about their model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from vllm.config import ModelConfig
 from vllm.transformers_utils.configs.chatglm import ChatGLMConfig
 
 from sink_vllm.gate.check import reason
-from sink_vllm.gate.facts import Facts, model_facts
+from sink_vllm.gate.facts import Facts, _recurrent_layers, model_facts
 
 
 def facts_of(folder: Path, architecture: str, config: PreTrainedConfig) -> Facts:
@@ -110,3 +111,32 @@ def test_what_cannot_start_is_refused_before_weights_are_loaded(
     refused = reason(facts_of(tmp_path, "LlamaForCausalLM", LlamaConfig(head_dim=128, **settings)))
 
     assert refused is None if what is None else what in (refused or "")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kinds"),
+    [
+        ("FalconH1ForCausalLM", ("mamba2",)),
+        ("GraniteMoeHybridForCausalLM", ("mamba2",)),
+        ("NemotronHForCausalLM", ("mamba2",)),
+        ("Qwen3_5ForCausalLM", ("gated_delta_net",)),
+        ("Qwen3_5MoeForConditionalGeneration", ("gated_delta_net",)),
+        ("Qwen3NextForCausalLM", ("gated_delta_net",)),
+        ("Lfm2MoeForCausalLM", ("short_conv",)),
+        ("JambaForCausalLM", ("mamba1",)),
+        ("BailingMoeV2_5ForCausalLM", ("linear_attention",)),
+        ("KimiK3ForConditionalGeneration", ("unknown",)),
+        ("NoSuchModel", ("unknown",)),
+    ],
+)
+def test_kinds_of_recurrent_layers(architecture: str, kinds: tuple[str, ...]) -> None:
+    """As vLLM's code of the model names the shapes of their states."""
+    model = SimpleNamespace(architecture=architecture, is_hybrid=True, has_inner_state=True)
+
+    assert _recurrent_layers(model) == kinds  # type: ignore[arg-type]
+
+
+def test_models_without_recurrent_layers_have_no_kinds_of_them() -> None:
+    model = SimpleNamespace(architecture="Lfm2ForCausalLM", is_hybrid=False, has_inner_state=False)
+
+    assert _recurrent_layers(model) == ()  # type: ignore[arg-type]

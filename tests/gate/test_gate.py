@@ -29,12 +29,45 @@ CASES: dict[str, tuple[Facts, str]] = {
     ),
     "pooling": (Facts(runner="pooling"), "--runner pooling"),
     "attention-free": (
-        Facts(attention_free=True, recurrent_layers=True, positions="other", architecture="Mamba"),
+        Facts(
+            attention_free=True,
+            recurrent_layers=("mamba1",),
+            positions="other",
+            architecture="Mamba",
+        ),
         "Mamba",
     ),
     "bidirectional": (Facts(bidirectional=True), "LlamaForCausalLM"),
     "diffusion": (Facts(diffusion=True), "LlamaForCausalLM"),
-    "recurrent layers": (Facts(recurrent_layers=True, architecture="Jamba"), "Jamba"),
+    "recurrent layers": (Facts(recurrent_layers=("mamba1", "mamba2")), "['mamba1']"),
+    "prefix caching of recurrent layers": (
+        Facts(recurrent_layers=("mamba2",), prefix_caching=True),
+        "--enable-prefix-caching",
+    ),
+    "speculation with recurrent layers": (
+        Facts(recurrent_layers=("short_conv",), speculative_method="ngram"),
+        "ngram",
+    ),
+    "pipeline parallelism with recurrent layers": (
+        Facts(recurrent_layers=("mamba2",), pipeline_parallel=2),
+        "(2)",
+    ),
+    "replayed states": (
+        Facts(recurrent_layers=("mamba2",), replayed_states=True),
+        "--use-replayssm",
+    ),
+    "Qwen3.5 on CPUs with AVX512-BF16": (
+        Facts(
+            convolves_part_of_projection=True,
+            cpu_has_bf16_convolutions=True,
+            architecture="Qwen3_5ForCausalLM",
+        ),
+        "Qwen3_5ForCausalLM",
+    ),
+    "LFM2 on CPUs": (
+        Facts(heads_rotated_apart=True, rotary_op=True, architecture="Lfm2ForCausalLM"),
+        "Lfm2ForCausalLM",
+    ),
     "sparse attention": (Facts(sparse_attention=True), "LlamaForCausalLM"),
     "MLA without RoPE scaling on CPUs": (
         Facts(mla=True, rope_types=("default",), architecture="DeepseekV3ForCausalLM"),

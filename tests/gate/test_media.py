@@ -65,7 +65,7 @@ def test_some_media_left_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "of_text",
-    [{"recurrent_layers": True}, {"sparse_attention": True}],
+    [{"recurrent_layers": ("mamba1",)}, {"sparse_attention": True}],
     ids=lambda facts: next(iter(facts)),
 )
 def test_what_its_text_cannot_do_is_said_first(of_text: dict[str, Any]) -> None:

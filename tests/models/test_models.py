@@ -6,30 +6,30 @@ differ from a tested one in nothing that matters to the cache are marked ``slow`
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from sink_vllm.gate.facts import model_facts
 from sink_vllm.gate.refusals import REFUSALS
 from tests.conftest import ModelFactory
-from tests.support.engine import Engine, Generated, Policy, check_all_free, running_engine
+from tests.support.engine import Engine, Generated, check_all_free, running_engine
 from tests.support.families import FAMILIES
 from tests.support.families_media import BEGIN, END, IMAGE, VIDEO
 from tests.support.family import Family, write_family
-from tests.support.judge import TOLERANCE, Verdict, judge, random_tokens
-from tests.support.models_table import EVICTIONS, markdown
+from tests.support.judge import TOLERANCE, Verdict, judge, judge_rounded, random_tokens
+from tests.support.models_table import markdown
 from tests.support.oracle import Oracle
 from tests.support.oracle_hf import HFOracle, classes_restored
 from tests.support.paths import DOCS
 from tests.support.refused_models import REFUSED, Refused
 from tests.support.tiny_models import LLAMA3_ROPE, TinyLlama
 
-POLICY = Policy(4, 28, 32)  # C = 64, tables of 256 rows
 PROMPTS = [random_tokens(length, length) for length in (5, 150)]
-NUM_TOKENS = 500
 TURN = 50
 """Tokens of an answer in a conversation."""
 
@@ -48,50 +48,66 @@ def test_family_streams_exactly(
     folder = write_family(tmp_path, family)
 
     with (
+        convolutions_of(family),
         classes_restored(family.model_class),
         running_engine(
             folder,
-            POLICY,
+            family.policy,
             max_num_batched_tokens=100,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not family.recurrent,
             **family.engine,
         ) as engine,
     ):
         engine.spare_cached = False
-        generated = engine.greedy(PROMPTS, NUM_TOKENS)
+        generated = engine.greedy(PROMPTS, family.tokens)
         check_all_free(engine)
         still = [not layer.rotation for layer in engine.runner.attention_layers]
         model = type(engine.runner.get_model()).__name__
-        engine.forget_prefixes()
-        conversation = list(converse(engine, family.resumed))
+        conversation = [] if family.recurrent else list(converse(engine, family))
         check_all_free(engine)
 
     oracle = HFOracle(folder)
-    verdict = judge(oracle, POLICY, PROMPTS, generated)
+    verdict = judge_family(family, oracle, generated)
     record_property("verdict", str(verdict))
     print(family.name, verdict, [len(set(one.tokens)) for one in generated])
     check(family, verdict, generated, model, still)
     for prompts, answers in conversation:
-        judge(oracle, POLICY, prompts, answers)
+        judge(oracle, family.policy, prompts, answers)
 
 
-def converse(engine: Engine, resumed: bool) -> Iterator[tuple[list[list[int]], list[Generated]]]:
+def converse(engine: Engine, family: Family) -> Iterator[tuple[list[list[int]], list[Generated]]]:
     """A conversation past its capacity, sent again with a new turn beside a stream that starts.
 
-    Args:
-        resumed: it is to go on from cached pages behind evictions; else it is computed anew.
+    It goes on from cached pages behind evictions where the family is ``resumed``.
 
     Yields:
         What was sent, and the answers, whose tokens are the judge's to say.
     """
-    sent = random_tokens(2 * POLICY.capacity, 1)
+    engine.forget_prefixes()
+    capacity = family.policy.capacity
+    sent = random_tokens(2 * capacity, 1)
     (answer,) = engine.greedy([sent], TURN)
     assert answer.evictions >= 3
     yield [sent], [answer]
     resent = [[*sent, *answer.tokens, *random_tokens(25, 2)], random_tokens(20, 3)]
     answers = engine.greedy(resent, TURN)
-    assert (answers[0].cached_tokens > POLICY.capacity) is resumed
+    assert (answers[0].cached_tokens > capacity) is family.resumed
     yield resent, answers
+
+
+@contextmanager
+def convolutions_of(family: Family) -> Iterator[None]:
+    """The kernels that ``family.torch_convolutions`` asks for, wherever the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if family.torch_convolutions:
+            patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        yield
+
+
+def judge_family(family: Family, oracle: HFOracle, generated: Sequence[Generated]) -> Verdict:
+    """By transformers in float32; a model of fewer bits is measured by itself, before it evicts."""
+    judged = judge if family.dtype == "float32" else judge_rounded
+    return judged(oracle, family.policy, PROMPTS, generated)
 
 
 def check(
@@ -110,7 +126,7 @@ def check(
         model: class of the model code that vLLM chose.
         still: layer by layer: the self-test found that its keys do not depend on the position.
     """
-    assert verdict.least_evictions >= EVICTIONS
+    assert verdict.least_evictions >= family.evictions
     assert model.startswith("Transformers") == (family.backend == "transformers")
     assert model.endswith("ForConditionalGeneration") or not family.text_alone
     if family.positions == "rope":
@@ -189,7 +205,7 @@ def test_keys_that_are_scaled_after_their_rotation_fail_the_self_test(
     with (
         classes_restored(family.model_class),
         pytest.raises(ValueError, match=r"layers\.0"),
-        running_engine(folder, POLICY, **family.engine),
+        running_engine(folder, family.policy, **family.engine),
     ):
         pass
 

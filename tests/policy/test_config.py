@@ -453,5 +453,16 @@ def _vllm_config(
         additional_config=additional_config,
         cache_config=SimpleNamespace(block_size=16),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=one_table),
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**model)),
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**model), is_hybrid=False),
     )
+
+
+def test_what_is_said_of_a_page_that_must_hold_a_state() -> None:
+    """Why it is so large; and no smaller ``--block-size`` is advised, which would not help."""
+    bound = Bound.of(4096, [])
+    with pytest.raises(ValueError, match=r"^--sink-stride=32 .* 528, in which the state of a rec"):
+        SinkConfig.resolve(SinkOptions(sink_stride=32), block_size=528, bound=bound, states=True)
+    with pytest.raises(ValueError, match=r"tokens, in which the state .*; use 533 or more\.$"):
+        SinkConfig.resolve(
+            SinkOptions(), block_size=528, bound=bound, max_model_len=500, states=True
+        )

@@ -154,7 +154,7 @@ class Engine:
         return [Generated.of(output) for output in outputs]
 
     def poison_free_pages(self) -> None:
-        """Fill K and V of all free pages with NaN, in all layers."""
+        """Fill all free pages with NaN, in all layers."""
         free = {
             block.block_id
             for block in free_pages(self.pool)
@@ -173,7 +173,8 @@ class Engine:
         if pages:
             index = torch.tensor(sorted(pages))
             for cache in self.runner.kv_caches:
-                cache[index] = value
+                # A page with a state of a recurrent layer is bytes; all bits set are a NaN, too.
+                cache[index] = (-1 if value else 0) if cache.dtype == torch.int8 else value
 
     def _hook(self) -> None:
         """Clean pages when they are handed out; observe every step."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tests.support.families_experts import EXPERTS
+from tests.support.families_hybrid import HYBRIDS
 from tests.support.families_media import MEDIA
 from tests.support.families_special import SPECIAL
 from tests.support.family import (
@@ -264,4 +265,5 @@ FAMILIES = (
     *SPECIAL,
     *EXPERTS,
     *MEDIA,
+    *HYBRIDS,
 )

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedConfig
 
+from tests.support.engine import Policy
 from tests.support.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, _tokenizer
 
 FOR_TRANSFORMERS = "transformers"
@@ -48,6 +49,18 @@ class Family:
     """Layers whose keys do not depend on the position."""
     page: int = 32
     """Tokens per KV page: the smallest of the attention backend."""
+    recurrent: bool = False
+    """Whether some layers have a state in place of a cache. A page must hold it."""
+    stride: int = 0
+    """Tokens evicted at once, and half of the cache: those of a page; 32 or, with states, 64."""
+    dtype: str = "float32"
+    torch_convolutions: bool = False
+    """Whether vLLM's convolutions of gated delta nets must be those in torch: its op for CPUs with
+    AVX512-BF16 takes no single token out of a wider projection, and fails on Qwen3.5."""
+    on_v2: bool = True
+    """Whether it is run on V2, too, under Triton's interpreter."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the engine."""
     tied_gain: float = 4.0
     """Scale of embeddings that are the output's weights, too."""
     gain: float = 1.0
@@ -78,15 +91,32 @@ class Family:
 
     @property
     def resumed(self) -> bool:
-        """Whether a CPU keeps prefixes: vLLM does not for latent attention."""
-        return "kv_lora_rank" not in self.settings
+        """Whether prefixes are kept: vLLM does not on CPUs for latent attention, nor do we beside
+        recurrent states."""
+        return "kv_lora_rank" not in self.settings and not self.recurrent
 
     @property
     def engine(self) -> dict[str, Any]:
         """Arguments for ``running_engine``."""
         alone = {"language_model_only": True} if self.text_alone else {}
         compiles = {"compiles": True} if self.processor is not None else {}
-        return {"block_size": self.page, **alone, **compiles}
+        return {"block_size": self.page, "dtype": self.dtype, **alone, **compiles, **self.options}
+
+    @property
+    def policy(self) -> Policy:
+        """With it streams evict, and where keys rotate re-anchor, within hundreds of tokens."""
+        stride = self.stride or (64 if self.recurrent else 32)
+        return Policy(4, stride - 4, stride)
+
+    @property
+    def evictions(self) -> int:
+        """That a test's streams have gone through at least."""
+        return 10 if self.policy.g == 32 else 8
+
+    @property
+    def tokens(self) -> int:
+        """Of a test's streams: enough of them to re-anchor."""
+        return 500 if self.policy.g == 32 else 650
 
     @property
     def model_class(self) -> Any:
@@ -209,7 +239,9 @@ def _fill(model: Any, family: Family) -> None:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             part = name.split(".")[-2]
-            if name.endswith("bias"):
+            if name.endswith("A_log"):
+                weight.copy_(0.5 * noise - 4.0)  # a state forgets half within some fifty tokens
+            elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
             elif weight.dim() == 1:  # norms: near one, but not exactly
                 peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
@@ -223,6 +255,8 @@ def _fill(model: Any, family: Family) -> None:
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
+            if family.dtype == "bfloat16":
+                weight.copy_(weight.bfloat16())
 
 
 def _gain(name: str) -> float:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from tests.support.engine import Generated, Policy
-from tests.support.oracle import Adjust, Oracle
+from tests.support.oracle import Adjust, Oracle, OracleResult
 from tests.support.tiny_models import VOCAB_SIZE
 
 TOLERANCE = 1e-4
@@ -28,12 +29,49 @@ class Verdict:
     tokens: int
     least_evictions: int
     least_reanchorings: int
+    before_evictions: float | None = None
+    """Largest difference before the first eviction, of a model of fewer bits than the oracle."""
 
     def __str__(self) -> str:
+        before = self.before_evictions
+        noise = "" if before is None else f" ({before:.1e} before the first eviction)"
         return (
-            f"{self.tokens} tokens, max |dlogprob| {self.max_difference:.1e}, ties {self.ties}, "
-            f"evictions >= {self.least_evictions}, re-anchorings >= {self.least_reanchorings}"
+            f"{self.tokens} tokens, max |dlogprob| {self.max_difference:.1e}{noise}, "
+            f"ties {self.ties}, evictions >= {self.least_evictions}, "
+            f"re-anchorings >= {self.least_reanchorings}"
         )
+
+
+def judge_rounded(
+    oracle: Oracle, policy: Policy, prompts: Sequence[Sequence[int]], generated: Sequence[Generated]
+) -> Verdict:
+    """The same for an engine of fewer bits than the oracle: evictions must not add to rounding.
+
+    What rounding does is measured where nothing has been evicted yet. Its largest value there, of
+    some hundred tokens, may be exceeded by a half among many more. The middle depends on the text:
+    of a hundred tokens it was 0.014 to 0.029 (Qwen3.5, 500 tokens) without any eviction, and 0.014
+    to 0.031 with up to nine.
+    """
+    expected = _expected(oracle, policy, prompts, generated)
+    before: list[float] = []
+    after: list[float] = []
+    for prompt, truth, result in zip(prompts, expected, generated, strict=True):
+        assert result.evictions == truth.evictions, (result.evictions, truth.evictions)
+        differences = [abs(a - b) for a, b in zip(truth.logprobs, result.logprobs, strict=True)]
+        first = max(policy.capacity + 1 - len(prompt), 0)
+        before += differences[:first]
+        after += differences[first:]
+    assert len(before) >= 50
+    assert max(after) <= 1.5 * max(before), f"{max(after)} after evictions, {max(before)} before"
+    assert median(after) <= 2.5 * median(before), (median(after), median(before))
+    return Verdict(
+        max_difference=max(after),
+        ties=[],
+        tokens=len(before) + len(after),
+        least_evictions=min(truth.evictions for truth in expected),
+        least_reanchorings=min(result.reanchorings for result in generated),
+        before_evictions=max(before),
+    )
 
 
 def judge(
@@ -50,17 +88,7 @@ def judge(
     good as the best within tolerance.
     """
     num_tokens = len(generated[0].tokens)
-    assert all(len(result.tokens) == num_tokens for result in generated)
-    expected = oracle.run(
-        prompts,
-        policy.S,
-        policy.W,
-        policy.g,
-        num_tokens,
-        forced=[result.tokens for result in generated],
-        adjust=adjust,
-        truncate=policy.prompt == "truncate",
-    )
+    expected = _expected(oracle, policy, prompts, generated, adjust)
     ties: list[tuple[int, int]] = []
     worst = 0.0
     for stream, (truth, result) in enumerate(zip(expected, generated, strict=True)):
@@ -81,4 +109,26 @@ def judge(
         tokens=num_tokens * len(generated),
         least_evictions=min(truth.evictions for truth in expected),
         least_reanchorings=min(result.reanchorings for result in generated),
+    )
+
+
+def _expected(
+    oracle: Oracle,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Generated],
+    adjust: Adjust | None = None,
+) -> list[OracleResult]:
+    """What the oracle says of the tokens that were generated."""
+    num_tokens = len(generated[0].tokens)
+    assert all(len(result.tokens) == num_tokens for result in generated)
+    return oracle.run(
+        prompts,
+        policy.S,
+        policy.W,
+        policy.g,
+        num_tokens,
+        forced=[result.tokens for result in generated],
+        adjust=adjust,
+        truncate=policy.prompt == "truncate",
     )

@@ -330,6 +330,9 @@ class Episode:
             # vLLM itself waits for ever if one request with its drafts is more than a step.
             budget = max(self.settings.budget, 1 + drafts)
             self.settings = replace(self.settings, drafts=drafts, budget=budget)
+        states = random.Random(f"{seed} states").choice((0, 0, 0, 0, 0, 0, 1, 3))
+        if states:
+            self.settings = replace(self.settings, recurrent=states, caching=False, drafts=0)
         self.watch = Watch(self.settings)
         self.arrivals = rng.randint(2, 6)
         self.eager = rng.choice((0.1, 0.3, 1.0))
@@ -367,6 +370,7 @@ class Episode:
         for name in ("asynchronous", "v2", "truncate", "caching"):
             reach[name] += getattr(self.settings, name)
         reach["windowed"] += self.settings.native_window > 0
+        reach["recurrent"] += self.settings.recurrent > 0
         reach["drafts accepted"] += watch.core.model.accepted
         return reach
 

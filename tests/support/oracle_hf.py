@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from tests.support.family import FOR_TRANSFORMERS
 from tests.support.oracle import Oracle
@@ -59,7 +59,8 @@ class UnrotatedCache(DynamicCache):
     def drop(self, begin: int, end: int) -> None:
         """Remove cache positions ``[begin, end)``; later ones move down."""
         for layer in self.layers:
-            assert isinstance(layer, DynamicLayer)
+            if not isinstance(layer, DynamicLayer):
+                continue  # a recurrent layer: its state runs on
             assert layer.keys is not None
             assert layer.values is not None
             layer.keys = torch.cat((layer.keys[:, :, :begin], layer.keys[:, :, end:]), dim=2)
@@ -228,6 +229,13 @@ def _softmax_routes(
     return logits, best / best.sum(-1, keepdim=True), experts
 
 
+def _has_states(config: Any) -> bool:
+    return any(
+        isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in DynamicCache(config=config).layers
+    )
+
+
 class HFModel:
     """A checkpoint run by transformers, in the shape ``tests.support.oracle`` calls."""
 
@@ -260,7 +268,9 @@ class HFModel:
     def new_cache(self, streams: int, capacity: int) -> Caches:
         kind = self.model.get_decoder().config.model_type
         self.rotary = _ROTARIES.get(kind, _Rotary)(self.model, capacity)
-        caches = [UnrotatedCache() for _ in range(streams)]
+        # Without its configuration, so that layers with a sliding window keep all of the cache.
+        config = self.model.config if _has_states(self.model.config) else None
+        caches = [UnrotatedCache(config=config) for _ in range(streams)]
         for cache in caches:
             cache.latent = kind.startswith("deepseek") or kind == "glm4_moe_lite"
         return Caches(caches)

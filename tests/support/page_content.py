@@ -1,12 +1,14 @@
 """A worker without a model: which token every slot of every page stands for.
 
 It learns of requests, block tables and page moves as the real model runners do, and writes token
-ids where they write keys and values. So a chunk that would be computed over anything but the
+ids where they write keys and values; a page with the state of recurrent layers holds a number made
+of all tokens so far, evicted ones included. So a chunk that would be computed over anything but the
 tokens before it is noticed, and so is a request whose tokens the scheduler counts differently.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -29,13 +31,19 @@ class Row:
 
 @dataclass(slots=True)
 class PageContent:
-    """See above; ``windows`` has, per KV cache group, how many tokens a query sees (0: all)."""
+    """See above; ``windows`` has, per KV cache group, how many tokens a query sees (0: all), or
+    that its layers are recurrent."""
+
+    RECURRENT: ClassVar = -1
 
     block_size: int
     windows: Sequence[int]
     rows: dict[str, Row] = field(default_factory=dict)
     pages: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Token ids by group and page; -1 where nothing was written."""
+    states: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What the state of a request must be, and its last token; it begins anew where nothing is
+    computed yet."""
 
     def execute(self, planned: SchedulerOutput) -> list[str]:
         """Run a step; returns the requests to sample for.
@@ -45,6 +53,7 @@ class PageContent:
         """
         for request_id in planned.finished_req_ids:
             self.rows.pop(request_id, None)
+            self.states.pop(request_id, None)
         plan = StepPlan.of(planned) or StepPlan()
         self._learn_new(planned, plan)
         self._learn_cached(planned)
@@ -56,6 +65,8 @@ class PageContent:
         for request_id, chunk in planned.num_scheduled_tokens.items():
             row = self.rows[request_id]
             row.drafts = planned.scheduled_spec_decode_tokens.get(request_id, [])
+            if self.RECURRENT in self.windows:
+                self._run_states(request_id, chunk)
             self._write(row, chunk)
         for request_id, chunk in planned.num_scheduled_tokens.items():
             self._check(request_id, chunk)
@@ -100,6 +111,25 @@ class PageContent:
                 for table, pages in zip(row.tables, new, strict=True):
                     table += pages
 
+    def _run_states(self, request_id: str, chunk: int) -> None:
+        """A state goes on from what is in its page, unless its request begins."""
+        row = self.rows[request_id]
+        known, last = self.states[request_id] if row.computed else (0, None)
+        for group, window in enumerate(self.windows):
+            if window == self.RECURRENT and row.computed:
+                found = self.pages[group, row.tables[group][0]]
+                assert found == [known], f"{request_id}: the state of others, {found}, not {known}"
+        if row.computed:
+            wanted = row.tokens[row.computed - 1]
+            assert last == wanted, f"{request_id}: its state is that after {last}, not {wanted}"
+        for token in row.tokens[row.computed : row.computed + chunk]:
+            known, last = hash((known, token)), token
+        assert last is not None
+        self.states[request_id] = known, last
+        for group, window in enumerate(self.windows):
+            if window == self.RECURRENT:
+                self.pages[group, row.tables[group][0]] = [known]
+
     def _page(self, group: int, page: int) -> list[int]:
         return self.pages.setdefault((group, page), [-1] * self.block_size)
 
@@ -108,6 +138,8 @@ class PageContent:
         row, size = self.rows[request_id], self.block_size
         for group, window in enumerate(self.windows):
             table = row.tables[group]
+            if window == self.RECURRENT:
+                continue
             begin = max(row.computed - chunk + 1 - window, 0) if window else 0
             first, last = begin // size, -(-row.computed // size)
             held: list[int] = []
@@ -124,8 +156,11 @@ class PageContent:
         size, end = self.block_size, row.computed + chunk
         tokens = [*row.tokens, *row.drafts] if row.drafts else row.tokens
         assert end <= len(tokens), f"{end} of {len(tokens)} tokens"
-        for group in range(len(self.windows)):
+        for group, window in enumerate(self.windows):
             table = row.tables[group]
+            if window == self.RECURRENT:
+                assert len(table) == 1, f"{len(table)} pages of states"
+                continue
             for position in range(row.computed, end):
                 page = self._page(group, table[position // size])
                 page[position % size] = tokens[position]

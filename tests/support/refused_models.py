@@ -24,12 +24,10 @@ REFUSED = (
     Refused(name="Whisper", config="WhisperConfig", row="encoder-decoder"),
     Refused(name="Mamba", config="MambaConfig", row="attention-free"),
     Refused(name="Jamba", config="JambaConfig", row="recurrent layers"),
-    Refused(name="Falcon-H1", config="FalconH1Config", row="recurrent layers"),
-    Refused(name="Qwen3-Next", config="Qwen3NextConfig", row="recurrent layers"),
     Refused(name="Qwen2-VL with images", config="Qwen2VLConfig", row="multimodal"),
     Refused(name="Gemma 3 with images", config="Gemma3Config", row="multimodal"),
     Refused(name="LLaVA with images", config="LlavaConfig", row="multimodal"),
-    Refused(name="Qwen3.5", config="Qwen3_5Config", row="recurrent layers"),
+    Refused(name="Qwen3.5 with images", config="Qwen3_5Config", row="multimodal"),
     Refused(
         name="Moonlight",
         config="DeepseekV3Config",

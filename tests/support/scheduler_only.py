@@ -33,7 +33,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, MambaSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -81,6 +81,8 @@ class Settings:
     native_window: int = 0
     """Of windowed layers with page tables of their own; 0: there are none."""
     windowed_first: bool = False
+    recurrent: int = 0
+    """Groups of recurrent layers, with page tables of their own; without prefix caching."""
     log_stats: bool = False
     drafts: int = 0
     """Tokens per request and step that n-grams suggest; 0: no speculation."""
@@ -129,7 +131,7 @@ def finished_config(settings: Settings) -> VllmConfig:
         model.hf_text_config = text
     cache = config.cache_config = copy.copy(base.cache_config)
     cache.block_size = settings.block_size
-    cache.enable_prefix_caching = settings.caching
+    cache.enable_prefix_caching = settings.caching and not settings.recurrent
     scheduler = config.scheduler_config = copy.copy(base.scheduler_config)
     scheduler.max_num_seqs = settings.max_seqs
     scheduler.max_num_batched_tokens = max(settings.budget, settings.max_seqs)
@@ -150,6 +152,17 @@ def finished_config(settings: Settings) -> VllmConfig:
 
 
 def _groups(settings: Settings) -> list[KVCacheSpec]:
+    attention = _attention_groups(settings)
+    states = MambaSpec(
+        block_size=settings.schedule.capacity + 1,
+        shapes=((1,),),
+        dtypes=(torch.float32,),
+        page_size_padded=attention[0].page_size_bytes,
+    )
+    return [*[states] * settings.recurrent, *attention]
+
+
+def _attention_groups(settings: Settings) -> list[KVCacheSpec]:
     s = settings.schedule
     full = StreamingLLMSpec(
         block_size=settings.block_size,
@@ -159,13 +172,14 @@ def _groups(settings: Settings) -> list[KVCacheSpec]:
         rope_rows=settings.rope_rows,
         **_ARITHMETIC,
     )
+    if settings.native_window or settings.recurrent:
+        # As `StreamingLLMSpec.wrap` does: room for all sink tokens a request may ask for.
+        config = SinkConfig(
+            schedule=s, block_size=settings.block_size, native_window=settings.native_window
+        )
+        full = replace(full, pinnable=most_sink_tokens(config))
     if not settings.native_window:
         return [full]
-    # As `StreamingLLMSpec.wrap` does: room for all sink tokens a request may ask for.
-    config = SinkConfig(
-        schedule=s, block_size=settings.block_size, native_window=settings.native_window
-    )
-    full = replace(full, pinnable=most_sink_tokens(config))
     windowed = StreamingLLMWindowSpec(
         block_size=settings.block_size, sliding_window=settings.native_window, **_ARITHMETIC
     )
@@ -346,7 +360,12 @@ class Core(EngineCore):
             hash_block_size=hash_block_size,
             log_stats=settings.log_stats,
         )
-        windows = [getattr(one, "sliding_window", None) or 0 for one in specs]
+        windows = [
+            PageContent.RECURRENT
+            if isinstance(one, MambaSpec)
+            else getattr(one, "sliding_window", None) or 0
+            for one in specs
+        ]
         content = PageContent(settings.block_size, windows)
         self.model = NoModel(self.scheduler.requests, content, drafts=settings.drafts)
         self.model_executor = self.model
@@ -357,7 +376,7 @@ class Core(EngineCore):
         self.batch_queue_size = config.max_concurrent_batches
         self.batch_queue = deque(maxlen=self.batch_queue_size) if settings.asynchronous else None
         self.request_block_hasher = None
-        if settings.caching:
+        if config.cache_config.enable_prefix_caching:
             hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
             init_none_hash(hash_function)
             self.request_block_hasher = get_request_block_hasher(hash_block_size, hash_function)
@@ -402,6 +421,7 @@ class Core(EngineCore):
         lora: int = 0,
         priority: int = 0,
         resumable: bool = False,
+        stop: Sequence[int] = (),
     ) -> Request:
         """A request, or the next input of a session, arrives.
 
@@ -410,12 +430,14 @@ class Core(EngineCore):
             grammar: steps until its grammar is ready; ``None``: no structured output.
             lora: number of its adapter; 0: none.
             resumable: another input may follow.
+            stop: token ids that end the answer.
         """
         self._arrivals += 1
         params = SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
             ignore_eos=True,
+            stop_token_ids=list(stop),
             detokenize=False,
             extra_args=options,
             structured_outputs=StructuredOutputsParams(regex=".") if grammar is not None else None,

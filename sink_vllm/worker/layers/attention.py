@@ -14,6 +14,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.rotary_embedding import (
     DualChunkRotaryEmbedding,
     Phi3LongRoPEScaledRotaryEmbedding,
@@ -29,6 +30,8 @@ from sink_vllm.worker.layers.rotation_transformers import (
     kind_of_layer,
 )
 
+_RECURRENT = ("GDN_ATTN", "MAMBA2", "SHORT_CONV")
+"""Attention backends of recurrent layers whose states run on; see ``refusals.RECURRENT_LAYERS``."""
 # The last two are rotary modules of vLLM that do not derive from its base class.
 _ROTARY = (RotaryEmbeddingBase, DualChunkRotaryEmbedding, Phi3LongRoPEScaledRotaryEmbedding)
 
@@ -64,7 +67,8 @@ def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[Attentio
     """All attention layers of this worker, in the order of the model.
 
     Layers that share the cache of another layer (``kv_sharing_target_layer_name``) are left out,
-    their pages are moved with it. Callable as soon as the model is loaded.
+    their pages are moved with it. So are recurrent layers, whose pages nobody touches: they hold a
+    state, in which no token has a place. Callable as soon as the model is loaded.
 
     Raises:
         ValueError: a layer caches something else than keys and values, or its rotary module
@@ -126,6 +130,8 @@ def check_windows(layers: Iterable[AttentionLayer]) -> None:
 def _cached(vllm_config: VllmConfig) -> Iterator[tuple[str, Attention | MLAAttention]]:
     for name, module in vllm_config.compilation_config.static_forward_context.items():
         if not isinstance(module, AttentionLayerBase):
+            continue
+        if isinstance(module, MambaBase) and module.mamba_type.name in _RECURRENT:
             continue
         if not isinstance(module, (Attention, MLAAttention)):
             raise ValueError(

@@ -1,0 +1,129 @@
+"""Models with recurrent layers: states run on, while attention forgets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engine import (
+    Engine,
+    Generated,
+    asynchronous_scheduling,
+    check_all_free,
+    greedy_params,
+    running_engine,
+)
+from tests.support.families_hybrid import HYBRIDS
+from tests.support.family import write_family
+from tests.support.judge import TOLERANCE, judge, random_tokens
+from tests.support.oracle_hf import HFOracle
+from tests.support.serving import Client, report, tiny_server
+
+FALCON = next(one for one in HYBRIDS if one.name == "Falcon-H1")
+POLICY = FALCON.policy
+STREAM_PAGES = POLICY.capacity // POLICY.g + 1 + 1  # with a head page and a state
+PROMPTS = [random_tokens(length, length) for length in (3, 127, 128, 300)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("falcon-h1"), FALCON)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    """Chunks smaller than a page, steps that run ahead, pages for two streams and a half."""
+    with (
+        asynchronous_scheduling(),
+        running_engine(
+            folder,
+            POLICY,
+            max_num_batched_tokens=48,
+            async_scheduling=True,
+            num_gpu_blocks_override=2 * STREAM_PAGES + 3,
+        ) as engine,
+    ):
+        assert type(engine.scheduler).__name__ == "StreamingLLMAsyncScheduler"
+        yield engine
+        check_all_free(engine)
+
+
+@pytest.mark.engine
+def test_streams_that_wait_for_pages_equal_the_judge(engine: Engine, folder: Path) -> None:
+    """Two run at a time, none is preempted, and all are exact: the state of one never ends up in
+    another, whose page it takes."""
+    running: list[int] = []
+    preempted: list[str] = []
+    engine.after_step.append(lambda: running.append(len(engine.scheduler.running)))
+    preempt = engine.scheduler._preempt_request
+
+    def noted(request: Any, *args: Any, **kwargs: Any) -> None:
+        if engine.scheduler.recycler.streams[request.request_id].evictions:
+            preempted.append(request.request_id)
+        preempt(request, *args, **kwargs)
+
+    engine.scheduler._preempt_request = noted
+    results = engine.greedy(PROMPTS, 330)
+    engine.after_step.pop()
+    engine.scheduler._preempt_request = preempt
+
+    verdict = judge(HFOracle(folder), POLICY, PROMPTS, results)
+    print(verdict)
+    assert verdict.least_evictions >= 3
+    assert max(running) == 2
+    assert not preempted
+    assert engine.num_poisoned > 0
+    assert min(len(set(one.tokens)) for one in results) >= 50
+
+
+@pytest.mark.engine
+def test_account_tells_that_a_state_was_rebuilt(engine: Engine, folder: Path) -> None:
+    """An operator's reset: the stream goes on from its survivors as from a prompt, and says so."""
+    llm: Any = engine.llm.llm_engine
+    survivors: list[int] = []
+    before = 0
+    outputs: list[Any] = []
+    llm.add_request("0", {"prompt_token_ids": PROMPTS[0]}, greedy_params(300))
+    while llm.has_unfinished_requests():
+        outputs = llm.step() or outputs
+        generated = len(outputs[0].outputs[0].token_ids) if outputs else 0
+        if generated >= 150 and not survivors:
+            assert engine.llm.reset_prefix_cache(reset_running_requests=True)
+            (request,) = engine.scheduler.requests.values()
+            survivors = list(request._all_token_ids)
+            before = generated
+
+    account = (outputs[0].kv_transfer_params or {})["streaming_llm"]
+    assert account["rebuilds"] == 1
+    result = Generated.of(outputs[0])
+    assert result.evictions >= 3
+    expected = HFOracle(folder).run(
+        [survivors],
+        POLICY.S,
+        POLICY.W,
+        POLICY.g,
+        150,
+        forced=[result.tokens[before : before + 150]],
+    )
+    assert expected[0].logprobs == pytest.approx(result.logprobs[before:300], abs=TOLERANCE)
+
+
+@pytest.mark.server
+def test_a_hybrid_over_http(folder: Path) -> None:
+    """Served without a word about recurrent layers: what vLLM would cache by default is off."""
+    flags = ["--sink-window", str(POLICY.W), "--sink-stride", str(POLICY.g)]
+    with tiny_server(folder, *flags) as server:
+        server.wait(lambda _waited: None)
+        client = Client(server)
+        evictions = client.counter("sink_vllm:evictions_total")
+
+        *_, last = client.chunks("/v1/completions", prompt=PROMPTS[3], max_tokens=300)
+
+        told = report(last)
+        assert told is not None
+        assert told["stream_position"] == 600
+        assert told["evictions"] == -(-(599 - POLICY.capacity) // POLICY.g)
+        assert "rebuilds" not in told
+        assert client.counter("sink_vllm:evictions_total") - evictions == told["evictions"]
+        client.wait_idle()
