@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sink_vllm.policy.parked import ResumedFrom
+
 _MOST = 2**31 - 1
 TokenIds = list[Annotated[int, Field(ge=0, le=_MOST)]]
 
@@ -159,6 +161,10 @@ class AppendUsage(BaseModel):
     generated_tokens: int = Field(description="Generated behind them.")
     cached_tokens: int = Field(description="Of the stream before, found in the prefix cache.")
     computed_tokens: int = Field(description="Prompt tokens that had to be computed.")
+    resumed_from: ResumedFrom | None = Field(
+        description="What the stream went on from: its cached pages; its tokens in the window "
+        "alone, as the pages were gone; null if all of it was computed again."
+    )
 
 
 class Appended(BaseModel):

@@ -16,6 +16,7 @@ from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from sink_vllm.policy.parked import KEY as PARKED_KEY
 from sink_vllm.server.streams.bodies import Generate
 from sink_vllm.server.streams.store import StoredStream
 
@@ -76,7 +77,7 @@ class Handler:
         Args:
             stream: that is appended to.
             generate: how to generate; ``None`` only computes what is appended.
-            position: tokens before those that are generated.
+            position: tokens before those that are generated, as many as are held.
             most_tokens: that the server remembers of all its streams.
 
         Raises:
@@ -120,7 +121,7 @@ class Handler:
         params: SamplingParams,
         raw_request: "Request | None",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs for ``tokens`` as the whole stream."""
+        """The engine's outputs for a stream with ``tokens`` appended, as one request."""
         handler = self._completions
         request = _asking_for(stream.model)
         request_id = f"append-{handler._base_request_id(raw_request, request.request_id)}"
@@ -128,7 +129,10 @@ class Handler:
         if raw_request is not None:
             raw_request.state.request_metadata = RequestResponseMetadata(request_id=request_id)
             headers = await handler._get_trace_headers(raw_request.headers)
-        prompt = tokens_input(tokens, cache_salt=stream.cache_salt)
+        if stream.schedule is not None:
+            parked = stream.held.parked(stream.schedule)
+            params.extra_args = {**(params.extra_args or {}), PARKED_KEY: parked}
+        prompt = tokens_input([*stream.tokens, *tokens], cache_salt=stream.cache_salt)
         adapter = handler._maybe_get_adapters(request)
         handler._log_inputs(request_id, prompt, params=params, lora_request=adapter)
         return handler.engine_client.generate(

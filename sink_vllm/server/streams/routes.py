@@ -255,8 +255,9 @@ class StreamsPlugin:
             show(service.store, state.openai_serving_models.model_name())
             if not engine_client.vllm_config.cache_config.enable_prefix_caching:
                 logger.warning(
-                    "/v1/streams without prefix caching computes the whole stream with every "
-                    "append; start the server with --enable-prefix-caching."
+                    "/v1/streams without prefix caching goes on from the tokens in the window "
+                    "with every append, which are computed again and know nothing of what was "
+                    "evicted; start the server with --enable-prefix-caching."
                 )
         if isinstance(service, str):
             logger.warning(service)

@@ -1,10 +1,10 @@
 """The stored streams of one API server: create, append, look at (``/v1/streams``).
 
-Each append is an ordinary request with the whole stream as its prompt; the engine resumes it from
-its prefix cache and computes what is new (and the rest of the last page), whatever the length of
-the stream. So an idle stream holds nothing of the engine, an append works after its pages have been
-reclaimed (the stream is then computed again), and stop strings, LoRA adapters and priorities are
-vLLM's own. vLLM's streaming-input requests would keep the pages of idle streams and one of the
+Each append is an ordinary request, with what is held of the stream (``streams.held``) as its
+prompt; the engine resumes it from its prefix cache and computes what is new (and the rest of the
+last page), at any age. So an idle stream holds nothing of the engine, an append works after its
+pages have been reclaimed (it then goes on from its survivors), and stop strings, LoRA adapters and
+priorities are vLLM's own. vLLM's streaming-input requests would keep the pages of idle streams and one of the
 engine's request slots each, know no stop strings, and be lost with the first preemption.
 """
 
@@ -144,9 +144,9 @@ class StreamService:
             expires_in_seconds=round(max(self.store.expires_in(stream), 0.0), 3),
             busy=stream.busy,
             turns=stream.turns,
-            position=len(stream.tokens),
+            position=stream.position,
             evicted=stream.evicted,
-            cached=len(stream.tokens) - stream.evicted,
+            cached=stream.position - stream.evicted,
             evictions=stream.evictions,
             sink_tokens=None if schedule is None else schedule.sink_tokens,
             sink_window=None if schedule is None else schedule.window,

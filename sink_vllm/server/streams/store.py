@@ -1,10 +1,10 @@
 """The stored streams: what a server remembers of each, bounded in number, tokens and time.
 
-Kept is what the engine needs to find a stream's pages again: its options, its token ids, four bytes
-each, and the messages that wait for the first append. The pages themselves belong to the prefix
-cache, so that a stream nobody appends to holds no memory of the accelerator. Which stream is
-forgotten for another one is decided by ``sink_vllm.server.streams.shares``. Imports neither torch
-nor vLLM.
+Kept is what the engine needs to find a stream's pages again, which does not grow with the stream
+(``sink_vllm.server.streams.held``), its options, and the messages that wait for the first append.
+The pages themselves belong to the prefix cache, so that a stream nobody appends to holds no memory
+of the accelerator. Which stream is forgotten for another one is decided by
+``sink_vllm.server.streams.shares``. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sink_vllm.policy.schedule import Schedule
+from sink_vllm.server.streams.held import Held
 from sink_vllm.server.streams.shares import Resource, Shares
 
 TOKEN_BYTES = 4
@@ -81,7 +82,7 @@ class StoredStream:
     used: float
     """Of the store's clock, in seconds."""
     cache_salt: str | None = None
-    tokens: array[int] = field(default_factory=lambda: array("i"))
+    held: Held = field(default_factory=Held)
     pending: tuple[Waiting, ...] = ()
     """Messages that the next ones are rendered together with."""
     tail: str | None = None
@@ -96,13 +97,23 @@ class StoredStream:
     """What the store has counted it as."""
 
     @property
+    def tokens(self) -> array[int]:
+        """Those that are held: all of them until the stream has evicted, then its last ones."""
+        return self.held.tokens
+
+    @property
+    def position(self) -> int:
+        """Length of the stream, and of nothing the server holds."""
+        return self.held.position
+
+    @property
     def size(self) -> int:
-        """Tokens, and what waits to become tokens."""
+        """Tokens that are held, and what waits to become tokens."""
         return len(self.tokens) + sum(message.size for message in self.pending)
 
     @property
     def computed(self) -> int:
-        return len(self.tokens) - self.sampled
+        return self.position - self.sampled
 
     @property
     def evicted(self) -> int:
@@ -175,7 +186,7 @@ class StreamStore:
             created=time.time(),
             used=self.clock(),
             cache_salt=cache_salt,
-            tokens=array("i", tokens),
+            held=Held(array("i", tokens)),
             pending=tuple(pending),
         )
         if stream.size >= self.most_tokens:

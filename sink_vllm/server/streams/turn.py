@@ -1,12 +1,14 @@
 """One append to a stored stream, from the engine's first output to the account of what it cost."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import RetryableRequestError
 from vllm.outputs import RequestOutput
 
+from sink_vllm.policy.parked import CHAIN, Chain, ResumedFrom
+from sink_vllm.policy.report import KEY as ACCOUNT_KEY
 from sink_vllm.server.streams.bodies import Append, Appended, AppendUsage, StreamInfo
 from sink_vllm.server.streams.handler import Handler
 from sink_vllm.server.streams.rendering import Rendering
@@ -54,10 +56,14 @@ class Turn:
         self._store, self._handler, self._rendering = store, handler, rendering
         self._info = info
         self._before = (stream.options, stream.schedule)
-        self._appended: list[int] = []
-        self._generated: list[int] = []
+        self._held = stream.held.copy()
+        self._appended = self._generated = 0  # tokens
+        self._token_ids: list[int] = []
         self._outputs: AsyncGenerator[RequestOutput, None] | None = None
         self._first: RequestOutput | None = None
+        self._told: Mapping[str, Any] | None = None
+        self._resumed_from: ResumedFrom | None = None
+        self._skipped = 0  # tokens that are neither found nor computed
         self._cached = 0
         self._finish_reason: str | None = None
         self._read = False
@@ -70,14 +76,21 @@ class Turn:
         handler, stream, request = self._handler, self._stream, self._request
         await handler.check_model(stream.model)
         handler.check_engine()
-        self._appended = await self._rendering.new_tokens(stream, request)
-        tokens = [*stream.tokens, *self._appended]
+        tokens = await self._rendering.new_tokens(stream, request)
+        self._held.extend(tokens)
+        self._appended = len(tokens)
         most = self._store.most_tokens
-        params = handler.params(stream, request.generate, len(tokens), most)
+        params = handler.params(stream, request.generate, len(self._held.tokens), most)
         self._outputs = await handler.outputs(stream, tokens, params, self._raw_request)
         self._first = await anext(self._outputs)
         self._cached = self._first.num_cached_tokens or 0
         self._check(self._first)
+        if (told := _told_in(self._first)) is not None:
+            chain = Chain.read(told)
+            self._resumed_from = chain.resumed_from
+            self._skipped = 0 if chain.resumed_from == "cache" else chain.base
+        if self._resumed_from is None and self._cached:
+            self._resumed_from = "cache"
 
     async def deltas(self) -> AsyncGenerator[tuple[str, list[int]], None]:
         """Text and token ids as they are generated; nothing without generation.
@@ -92,8 +105,9 @@ class Turn:
             while output is not None:
                 self._check(output)
                 completion = output.outputs[0]
+                token_ids = () if self._request.generate is None else completion.token_ids
+                self._take(output, token_ids)
                 if self._request.generate is not None:
-                    self._generated += completion.token_ids
                     self._finish_reason = completion.finish_reason
                     self._read = True
                     yield completion.text, list(completion.token_ids)
@@ -102,6 +116,18 @@ class Turn:
             self._failed = True
             raise
         self._complete = True
+
+    def _take(self, output: RequestOutput, token_ids: Sequence[int]) -> None:
+        """Take in an output; what it lets the stream forget is forgotten."""
+        self._held.extend(token_ids)
+        self._generated += len(token_ids)
+        if self._request.return_token_ids:
+            self._token_ids += token_ids
+        told = _told_in(output)
+        if told is not None and told is not self._told and self._stream.schedule is not None:
+            self._told = told
+            self._held.told(Chain.read(told))
+            self._held.trim(self._stream.schedule, sampled=self._generated > 0)
 
     def _check(self, output: RequestOutput) -> None:
         """Raise what the engine's finish reason means, if it is an error."""
@@ -147,9 +173,12 @@ class Turn:
 
     def _commit(self) -> None:
         stream, request = self._stream, self._request
-        stream.tokens.extend([*self._appended, *self._generated])
+        sampled = self._generated > 0
+        if stream.schedule is not None:
+            self._held.trim(stream.schedule, sampled=sampled)
+        stream.held = self._held
         stream.turns += 1
-        stream.sampled = bool(self._generated)
+        stream.sampled = sampled
         if request.generate is not None or request.is_raw:
             stream.tail, stream.open = "assistant", True
         elif request.messages:
@@ -159,16 +188,22 @@ class Turn:
     def finish(self, text: str | None) -> Appended:
         """End the turn, and account for it before anybody else can begin another."""
         self.end()
-        prompt = len(self._stream.tokens) - len(self._generated)
+        prompt = self._stream.position - self._generated
         return Appended(
             text=text,
-            token_ids=self._generated if self._request.return_token_ids else None,
+            token_ids=self._token_ids if self._request.return_token_ids else None,
             finish_reason=self._finish_reason,
             usage=AppendUsage(
-                appended_tokens=len(self._appended),
-                generated_tokens=len(self._generated),
+                appended_tokens=self._appended,
+                generated_tokens=self._generated,
                 cached_tokens=self._cached,
-                computed_tokens=prompt - self._cached,
+                computed_tokens=prompt - self._cached - self._skipped,
+                resumed_from=self._resumed_from,
             ),
             stream=self._info(self._stream),
         )
+
+
+def _told_in(output: RequestOutput) -> Mapping[str, Any] | None:
+    """What the engine tells of the stream; the same object in outputs that only repeat it."""
+    return (output.kv_transfer_params or {}).get(ACCOUNT_KEY, {}).get(CHAIN)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from examples.serving import Metrics, Server
+from sink_vllm.policy.parked import KEY as PARKED_KEY
 from sink_vllm.policy.schedule import Schedule
 from tests.support.serving import CAPACITY, FLAGS, MODEL, SCHEDULE, prompt_of
 from tests.support.tiny_models import TinyLlama, write_tiny_lora
@@ -146,6 +147,7 @@ def test_deltas_are_one_uninterrupted_stream(api: _Api) -> None:
             # The last output and the rest of a page; before the first resume a page more.
             rest = BLOCK if len(whole) > CAPACITY + BLOCK else 2 * BLOCK
             assert len(new) <= usage["computed_tokens"] <= len(new) + rest
+            assert usage["resumed_from"] == "cache"
         whole = [*prompt, *answer["token_ids"]]
         assert stream["position"] == len(whole)
         assert stream["evicted"] == SCHEDULE.evicted(len(whole) - 1)
@@ -596,6 +598,8 @@ def test_refused_options_are_a_400_in_streams_too(api: _Api, path: str, stream: 
         ({"sink_tokens": 65}, "use 64 or fewer"),
         ({"kv_policy": "full"}, "128 tokens"),
         ({"sink_windows": 3}, "sink_windows"),
+        ({PARKED_KEY: "a stream of somebody else's"}, "cannot be named"),
+        ({PARKED_KEY: ["0" * 64, 32]}, "cannot be named"),
     ):
         body = {"model": MODEL, "max_tokens": 5, "stream": stream, "vllm_xargs": xargs, **content}
         assert says in api.error("POST", path, 400, body)

@@ -181,7 +181,7 @@ def test_a_release_costs_the_same_beside_any_number_of_streams() -> None:
     store = StreamStore(most_streams=300, most_tokens=10**6, idle_seconds=60)
     streams = [_create(store, 10) for _ in range(300)]
     for other in streams[1:]:
-        other.tokens = None  # type: ignore[assignment]  # whoever reads it raises
+        other.held = None  # type: ignore[assignment]  # whoever reads it raises
 
     _use(store, streams[0], 5)
 
