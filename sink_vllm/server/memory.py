@@ -66,8 +66,8 @@ class EndlessOutputProcessor(OutputProcessor):
             return  # the end of a session, or its next input
         state.__class__ = EndlessRequestState
         assert isinstance(state, EndlessRequestState)
-        state.begin(self._shared_by(parent_req), self._stalled, self._capacity)
-        state.prompt_len += _not_sent(request)
+        shared, not_sent = self._shared_by(parent_req), _not_sent(request)
+        state.begin(shared, self._stalled, self._capacity, not_sent)
         if self._sessions is not None and request.resumable:
             self._sessions.open(state)
 

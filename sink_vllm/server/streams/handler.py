@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from sink_vllm.policy.parked import KEY as PARKED_KEY
 from sink_vllm.server.streams.bodies import Generate
-from sink_vllm.server.streams.store import StoredStream
+from sink_vllm.server.streams.stored import StoredStream
 
 if TYPE_CHECKING:
     from fastapi import Request

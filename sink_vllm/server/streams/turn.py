@@ -1,7 +1,10 @@
 """One append to a stored stream, from the engine's first output to the account of what it cost."""
 
 import asyncio
+import hashlib
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import RetryableRequestError
@@ -9,10 +12,13 @@ from vllm.outputs import RequestOutput
 
 from sink_vllm.policy.parked import CHAIN, Chain, ResumedFrom
 from sink_vllm.policy.report import KEY as ACCOUNT_KEY
-from sink_vllm.server.streams.bodies import Append, Appended, AppendUsage, StreamInfo
+from sink_vllm.server.streams.archive import ArchiveError
+from sink_vllm.server.streams.bodies import Answer, Append, Appended, AppendUsage, StreamInfo
 from sink_vllm.server.streams.handler import Handler
 from sink_vllm.server.streams.rendering import Rendering
-from sink_vllm.server.streams.store import StoredStream, StreamStore
+from sink_vllm.server.streams.resumes import Resumes
+from sink_vllm.server.streams.store import StreamStore
+from sink_vllm.server.streams.stored import Answered, StoredStream
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -41,6 +47,8 @@ class Turn:
         handler: Handler,
         rendering: Rendering,
         info: Callable[[StoredStream], StreamInfo],
+        key: str | None = None,
+        resumes: Resumes | None = None,
     ) -> None:
         """
         Args:
@@ -51,10 +59,14 @@ class Turn:
             handler: makes a request of the engine of it.
             rendering: of what is appended.
             info: what the account says of the stream.
+            key: under which the client may ask for the answer again.
+            resumes: counts what streams went on from.
         """
         self._stream, self._request, self._raw_request = stream, request, raw_request
         self._store, self._handler, self._rendering = store, handler, rendering
-        self._info = info
+        self._info, self._key = info, key
+        self._resumes, self._began = resumes, time.monotonic()
+        self._texts: list[str] = []
         self._before = (stream.options, stream.schedule)
         self._held = stream.held.copy()
         self._appended = self._generated = 0  # tokens
@@ -69,6 +81,7 @@ class Turn:
         self._read = False
         self._failed = False
         self._complete = False
+        self._is_saved = False
         self._ended = False
 
     async def start(self) -> None:
@@ -91,6 +104,8 @@ class Turn:
             self._skipped = 0 if chain.resumed_from == "cache" else chain.base
         if self._resumed_from is None and self._cached:
             self._resumed_from = "cache"
+        if self._resumes is not None and stream.position:
+            self._resumes.observe(self._resumed_from, time.monotonic() - self._began)
 
     async def deltas(self) -> AsyncGenerator[tuple[str, list[int]], None]:
         """Text and token ids as they are generated; nothing without generation.
@@ -108,6 +123,8 @@ class Turn:
                 token_ids = () if self._request.generate is None else completion.token_ids
                 self._take(output, token_ids)
                 if self._request.generate is not None:
+                    if self._key is not None:
+                        self._texts.append(completion.text)
                     self._finish_reason = completion.finish_reason
                     self._read = True
                     yield completion.text, list(completion.token_ids)
@@ -147,7 +164,9 @@ class Turn:
         try:
             left = self._read and self._request.stream and not self._failed
             if self._complete or left:
-                self._commit()
+                self._commit(self._stream)
+                if not self._is_saved:
+                    self._store.save_later(self._stream)
             else:
                 self._stream.options, self._stream.schedule = self._before
         finally:
@@ -171,8 +190,25 @@ class Turn:
     def __del__(self) -> None:
         self.end()  # of a response that was never sent, say
 
-    def _commit(self) -> None:
-        stream, request = self._stream, self._request
+    async def _save(self) -> None:
+        """Write the stream as it will be; only then is the turn a part of it.
+
+        Raises:
+            RetryableRequestError: it cannot be written; the stream is as it was.
+        """
+        if not self._store.is_archived or self._is_saved:
+            return
+        after = copy(self._stream)
+        self._commit(after)
+        try:
+            await asyncio.wrap_future(self._store.save(after))
+        except ArchiveError as error:
+            self._failed, self._complete = True, False
+            raise RetryableRequestError(f"{error} The stream is as it was.") from error
+        self._is_saved = True
+
+    def _commit(self, stream: StoredStream) -> None:
+        request = self._request
         sampled = self._generated > 0
         if stream.schedule is not None:
             self._held.trim(stream.schedule, sampled=sampled)
@@ -184,12 +220,25 @@ class Turn:
         elif request.messages:
             stream.tail, stream.open = request.messages[-1].role, False
         stream.pending = ()
+        stream.answered = None
+        if self._key is not None:
+            text = None if request.generate is None else "".join(self._texts)
+            answer = self._answer(text)
+            stream.answered = Answered(self._key, digest_of(request), answer.model_dump_json())
 
-    def finish(self, text: str | None) -> Appended:
-        """End the turn, and account for it before anybody else can begin another."""
+    async def finish(self, text: str | None) -> Appended:
+        """End the turn, and account for it before anybody else can begin another.
+
+        Raises:
+            RetryableRequestError: it cannot be written; the stream is as it was.
+        """
+        await self._save()
         self.end()
-        prompt = self._stream.position - self._generated
-        return Appended(
+        return Appended(**self._answer(text).model_dump(), stream=self._info(self._stream))
+
+    def _answer(self, text: str | None) -> Answer:
+        prompt = self._held.position - self._generated
+        return Answer(
             text=text,
             token_ids=self._token_ids if self._request.return_token_ids else None,
             finish_reason=self._finish_reason,
@@ -200,8 +249,12 @@ class Turn:
                 computed_tokens=prompt - self._cached - self._skipped,
                 resumed_from=self._resumed_from,
             ),
-            stream=self._info(self._stream),
         )
+
+
+def digest_of(request: Append) -> str:
+    """What a request asks for, to tell whether another asks for the same."""
+    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()
 
 
 def _told_in(output: RequestOutput) -> Mapping[str, Any] | None:
