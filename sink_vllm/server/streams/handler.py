@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from sink_vllm.policy.parked import KEY as PARKED_KEY
 from sink_vllm.server.streams.bodies import Generate
-from sink_vllm.server.streams.stored import StoredStream
+from sink_vllm.server.streams.stored import ID_PREFIX, StoredStream
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -142,9 +142,20 @@ class Handler:
             lora_request=adapter,
             trace_headers=headers,
             priority=handler._get_priority(request, raw_request),
-            data_parallel_rank=handler._get_data_parallel_rank(raw_request),
+            data_parallel_rank=self._rank_of(stream, raw_request),
             session_id=handler._get_session_id(request, raw_request),
         )
+
+    def _rank_of(self, stream: StoredStream, raw_request: "Request | None") -> int | None:
+        """The engine that has the stream's pages, unless a header names another."""
+        rank: int | None = self._completions._get_data_parallel_rank(raw_request)
+        parallel = self._completions.engine_client.vllm_config.parallel_config
+        engines = (
+            parallel.data_parallel_size_local
+            if parallel.local_engines_only
+            else parallel.data_parallel_size
+        )
+        return engine_of(stream.id, engines) if rank is None and engines > 1 else rank
 
     def raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
         """vLLM's own error for the finish reason that stands for one."""
@@ -154,3 +165,8 @@ class Handler:
 def _asking_for(model: str) -> CompletionRequest:
     """A request for ``model``, for what vLLM looks up in requests."""
     return CompletionRequest.model_validate({"model": model, "prompt": "a"})
+
+
+def engine_of(stream_id: str, engines: int) -> int:
+    """The same of several engines for all turns of a stream; ids are random, so all get alike."""
+    return int(stream_id.removeprefix(ID_PREFIX), 16) % engines

@@ -22,7 +22,7 @@ from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server.streams.archive import Archive
 from sink_vllm.server.streams.held import Held
 from sink_vllm.server.streams.shares import Resource, Shares
-from sink_vllm.server.streams.stored import StoredStream, Waiting
+from sink_vllm.server.streams.stored import ID_PREFIX, StoredStream, Waiting
 
 # Below vLLM's own logger, whose handlers print it.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -151,7 +151,7 @@ class StreamStore:
             NoRoom: see there.
         """
         stream = StoredStream(
-            id=f"stream-{secrets.token_hex(16)}",
+            id=f"{ID_PREFIX}{secrets.token_hex(16)}",
             client=client,
             model=model,
             schedule=schedule,

@@ -10,6 +10,7 @@ from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server.streams.held import Held
 
 TOKEN_BYTES = 4
+ID_PREFIX = "stream-"
 MESSAGE_TOKENS = 64
 """What a waiting message counts as beside its text: the objects it is kept in."""
 

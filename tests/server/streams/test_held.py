@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
 import pytest
 
 from sink_vllm.policy.parked import Chain, Parked
@@ -129,7 +130,7 @@ def test_without_hashes_the_survivors_stay() -> None:
 
 def test_a_million_tokens_take_no_more_than_ten_thousand() -> None:
     schedule = Schedule(sink_tokens=4, window=1000, stride=64)
-    held, sizes = Held(), {}
+    held, sizes, sent = Held(), dict[int, int](), dict[int, int]()
     for count in range(1, 101):
         held.extend(range(10_000))
         evictions = schedule.evictions(held.position)
@@ -138,10 +139,14 @@ def test_a_million_tokens_take_no_more_than_ten_thousand() -> None:
         )
         held.told(Chain(anchors=anchors, sinks=(b"s",)))
         held.trim(schedule, sampled=False)
+        request = (held.tokens.tolist(), held.parked(schedule).wire())
         sizes[count] = len(held.tokens)
+        sent[count] = len(msgspec.msgpack.encode(request))
         assert len(held.chain.anchors) <= 8
     assert held.position == 10**6
     assert max(sizes.values()) <= schedule.capacity + 2 * 64 + 16
+    # Token ids take up to three bytes each, and where pages begin differs by a stride.
+    assert max(sent.values()) - min(sent.values()) <= 3 * 64 + 8
 
 
 def test_a_copy_changes_by_itself() -> None:
