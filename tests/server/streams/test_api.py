@@ -679,3 +679,16 @@ def test_stream_lengths_are_counted(api: _Api) -> None:
     assert buckets
     count = next(line for line in text.splitlines() if line.startswith("sink_vllm:stream_tokens_c"))
     assert float(count.rsplit(" ", 1)[1]) > 0
+
+
+def test_what_streams_go_on_from_is_counted(api: _Api) -> None:
+    resumes, seconds = "stored_stream_resumes_total", "stored_stream_resume_seconds_count"
+    before = api.gauge(resumes)
+    stream_id = api.create()
+    for turn in range(3):  # the first one goes on from nothing
+        api.generate(stream_id, 2, tokens=prompt_of(60, salt=31 + 2 * turn))
+    text = httpx.get(f"{api.url}/metrics").text
+
+    assert api.gauge(resumes) == api.gauge(seconds) == before + 2
+    assert f'sink_vllm:{resumes}{{model_name="{MODEL}",source="cache"}}' in text
+    api.delete(stream_id)
