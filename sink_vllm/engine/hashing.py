@@ -30,7 +30,9 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.request import Request
 
+from sink_vllm.engine.parked import GappedHashes
 from sink_vllm.engine.stream import BREATH, Stream
+from sink_vllm.policy.parked import Parked
 from sink_vllm.policy.schedule import EvictionPages, Schedule
 
 _RUN = 64  # pages; a run is remembered as a whole
@@ -133,6 +135,18 @@ class PageHasher:
             return first
         return self.hashes(request, schedule, tokens)
 
+    def hashes_with_gap(
+        self, request: Request, schedule: Schedule, tokens: array[int], parked: Parked
+    ) -> GappedHashes:
+        """Hashes of a chain whose ``tokens`` are its sinks and its rest, at the start of a page."""
+        sinks, size = schedule.sink_tokens, self._block_size
+        begin = sinks + parked.missing
+        rest = self.hashes(
+            request, schedule, tokens[sinks:], begin, BlockHash(parked.parent or b"")
+        )
+        gap = begin // size - len(parked.sinks)
+        return GappedHashes([BlockHash(one) for one in parked.sinks], gap, rest)
+
     def hashes(
         self,
         request: Request,
@@ -197,7 +211,7 @@ class PageHasher:
         position = start + stream.evicted_from_chain
         # Pages of the prompt may have been hashed when it arrived.
         end = request.num_tokens + stream.evicted_from_chain
-        new = stream.prompt_hashes[position // size : end // size]
+        new = list(stream.prompt_hashes[position // size : end // size])
         if not new:
             stream.prompt_hashes = []
         begin = start + len(new) * size

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.engine.hashing import PageHasher
+from sink_vllm.engine.parked import anchor_position, anchors_of, least_pages, take_parked
 from sink_vllm.engine.stream import (
     Account,
     PendingTokens,
@@ -58,17 +60,21 @@ class Recycler:
         thread: it changes ``request`` and nothing that the engine's loop changes.
         """
         schedule = self._schedule_of(request)
-        stream = Stream(schedule)
+        stream = Stream(schedule, take_parked(request))
         length = request.num_prompt_tokens
         tokens: array[int] | None = None
-        if length > schedule.capacity:
+        if length > schedule.capacity or stream.missing:
             assert request.prompt_token_ids is not None  # embeddings are refused in the front end
             tokens = as_array(request.prompt_token_ids)
-            if self.hasher is not None and not request.skip_reading_prefix_cache:
+            may_find = stream.parked is None or not stream.missing or stream.parked.parent
+            if self.hasher is not None and not request.skip_reading_prefix_cache and may_find:
                 stream.prompt = tokens
             self._show_prompt(request, stream, tokens)
         if self.hasher is not None:
-            if stream.prompt is not None:
+            if stream.prompt is not None and stream.parked is not None and stream.missing:
+                known = self.hasher.hashes_with_gap(request, schedule, stream.prompt, stream.parked)
+                self._install(request, stream, known)
+            elif stream.prompt is not None:
                 hashes = self.hasher.hashes_of_prompt(
                     request,
                     schedule,
@@ -82,20 +88,30 @@ class Recycler:
         return stream
 
     def _show_prompt(self, request: Request, stream: Stream, tokens: array[int]) -> None:
-        schedule, length = stream.schedule, len(tokens)
-        if self.config.sink_prompt == "truncate":
-            stream.evicted = schedule.evicted(length)
-            stream.evictions = schedule.evictions(length)
-            cached = [tokens[p] for p in schedule.cached_positions(length)]
-            show(request, stream, cached, tokens, length)
+        length = len(tokens)
+        if stream.parked is not None and stream.missing:
+            length = stream.parked.known
+            self._show_survivors(request, stream, tokens, length)
+            stream.resumed_from = "survivors"
+        elif self.config.sink_prompt == "truncate":
+            self._show_survivors(request, stream, tokens, length)
         else:
             show(request, stream, (), tokens, 0)
 
-    def _install(self, request: Request, stream: Stream, hashes: list[Any]) -> None:
+    def _show_survivors(
+        self, request: Request, stream: Stream, tokens: array[int], length: int
+    ) -> None:
+        """What the schedule leaves of the first tokens as one dense prompt, and what follows."""
+        schedule, computed = stream.schedule, length + stream.missing
+        stream.evicted += schedule.evicted(computed)
+        stream.evictions += schedule.evictions(computed)
+        show(request, stream, _cached(stream, tokens, computed, computed), tokens, length)
+
+    def _install(self, request: Request, stream: Stream, hashes: Sequence[BlockHash]) -> None:
         """Hash what the engine sees of a prompt, whose hashes by stream position are known."""
         assert self.hasher is not None
-        is_dense = stream.evicted > 0  # truncated: its chain is not that of the stream
-        stream.prompt_hashes = [] if is_dense else hashes
+        # The chain of survivors is not that of the stream.
+        stream.prompt_hashes = [] if stream.skips else hashes
         self.hasher.install(request, stream)
         stream.prompt_hashes = hashes
 
@@ -108,8 +124,10 @@ class Recycler:
     def open(self, request: Request, stream: Stream) -> None:
         """Take in a request that was prepared."""
         self.streams[request.request_id] = stream
+        if stream.parked is not None:
+            self.account.due.add(request.request_id)  # whoever keeps the stream waits for it
         if stream.prompt is None:  # nothing that a look-up could change any more
-            self._count(request, stream, stream.evictions)
+            self._count(request, stream, stream.evictions - stream.evictions_before)
 
     def extend(self, request: Request, tokens: list[int]) -> list[int]:
         """Take in the next input of a session, which goes on behind its computed tokens.
@@ -143,12 +161,13 @@ class Recycler:
             del request.block_hashes[full:]
             stream.last_hash = request.block_hashes[-1] if full else None
 
-    def close(self, request: Request) -> dict[str, int] | None:
-        """Forget a request that ended; returns its account if it evicted anything."""
+    def close(self, request: Request) -> dict[str, Any] | None:
+        """Forget a request that ended; returns its account if it evicted anything, or is told."""
         stream = self.streams.pop(request.request_id)
         self.account.due.discard(request.request_id)
         self.to_refresh.discard(request.request_id)
-        return stream.report(request) if stream.evictions else None
+        is_told = stream.evictions or stream.parked is not None
+        return stream.report(request) if is_told else None
 
     def preempted(self, request: Request) -> None:
         """A request lost its pages: its survivors become the prompt of a stream of their own.
@@ -157,6 +176,8 @@ class Recycler:
         """
         stream = self.streams[request.request_id]
         self.tables.ledger.cancel(request.request_id)
+        if stream.parked is not None:
+            self.account.due.add(request.request_id)
         if stream.evictions:
             stream.rebuilds += 1
             stream.rebuilt()
@@ -203,17 +224,23 @@ class Recycler:
         compact(request, stream)
         self.to_refresh.add(request.request_id)
         if self.hasher is not None:
-            self._evict_hashes(request, stream.schedule)
+            self._evict_hashes(request, stream)
         stream.reanchorings += reanchor
         self.account.stats.reanchorings += reanchor
         self._count(request, stream, 1)
         return True
 
-    def _evict_hashes(self, request: Request, schedule: Schedule) -> None:
+    def _evict_hashes(self, request: Request, stream: Stream) -> None:
         assert self.hasher is not None
-        if self.hasher.survives_eviction(schedule):
-            pages = EvictionPages.of(schedule, self.tables.block_size)
-            del request.block_hashes[pages.sink_full : pages.sink_full + pages.dropped]
+        schedule, size = stream.schedule, self.tables.block_size
+        if request._block_hasher is not None and self.hasher.survives_eviction(schedule):
+            pages = EvictionPages.of(schedule, size)
+            begin, end = pages.sink_full, pages.sink_full + pages.dropped
+            if stream.parked is not None:
+                stream.sinks = stream.sinks or request.block_hashes[: pages.sinks]
+                position = anchor_position(schedule, stream.chain_evictions, size)
+                stream.anchors.append((position, request.block_hashes[end - 1]))
+            del request.block_hashes[begin:end]
             request.update_block_hashes()
         else:
             self._stop_hashing(request)
@@ -221,6 +248,7 @@ class Recycler:
     def _stop_hashing(self, request: Request) -> None:
         request._block_hasher = None
         request.block_hashes.clear()
+        self.streams[request.request_id].forget_anchors()
         self.tables.stop_hashing(request.request_id)
 
     # -- resuming from the prefix cache -----------------------------------------------------
@@ -231,8 +259,13 @@ class Recycler:
         stream = self.streams[request.request_id]
         if stream.prompt is None:
             return None
-        last = (len(stream.prompt) - 1) // self.tables.block_size
-        return self.tables.find_resume(stream.schedule, stream.prompt_hashes, last)
+        size = self.tables.block_size
+        return self.tables.find_resume(
+            stream.schedule,
+            stream.prompt_hashes,
+            (len(stream.prompt) + stream.missing - 1) // size,
+            least_pages(stream.schedule, stream.parked, size),
+        )
 
     def show_resumed(self, request: Request, found: FoundPages) -> int:
         """Let the engine see a waiting request as it will be when it is resumed.
@@ -244,13 +277,22 @@ class Recycler:
         assert stream.prompt is not None
         assert self.hasher is not None
         schedule, tokens = stream.schedule, stream.prompt
-        computed = found.end * self.tables.block_size
+        size = self.tables.block_size
+        computed = found.end * size
         evictions = self.tables.evictions_at(schedule, found.end)
-        stream.evictions = stream.chain_evictions = evictions
-        stream.evicted = stream.evicted_from_chain = evictions * schedule.stride
+        stream.restart()
+        stream.chain_evictions = evictions
+        stream.evicted_from_chain = evictions * schedule.stride
+        stream.evictions += evictions
+        stream.evicted += stream.evicted_from_chain
         stream.reanchorings = self.tables.anchors.reanchorings(evictions)
-        cached = [tokens[p] for p in schedule.cached_positions(computed + 1) if p < computed]
-        show(request, stream, cached, tokens, computed)
+        cached = _cached(stream, tokens, computed + 1, computed)
+        show(request, stream, cached, tokens, computed - stream.missing)
+        if stream.parked is not None:
+            hashes = stream.prompt_hashes
+            stream.anchors.extend(anchors_of(schedule, stream.parked, hashes, evictions, size))
+            stream.sinks = hashes[: self.tables.num_sink_pages(schedule)]
+            stream.resumed_from = "cache"
         self.hasher.resume(request, stream, found.end)
         return len(cached)
 
@@ -259,7 +301,8 @@ class Recycler:
         stream = self.streams[request.request_id]
         self.to_refresh.discard(request.request_id)
         assert stream.prompt is not None
-        stream.evictions = stream.evicted = stream.reanchorings = 0
+        stream.restart()
+        stream.resumed_from = None
         hashes = stream.prompt_hashes
         stream.rebuilt()
         self._show_prompt(request, stream, stream.prompt)
@@ -280,10 +323,24 @@ class Recycler:
         if resumed:
             self.account.resumed(request.request_id)
         else:
-            self._count(request, stream, stream.evictions)
-            if stream.evicted:  # truncated
+            self._count(request, stream, stream.evictions - stream.evictions_before)
+            if stream.skips:
                 stream.prompt_hashes = []
         stream.prompt = None
 
     def _count(self, request: Request, stream: Stream, evictions: int) -> None:
         self.account.evicted(request.request_id, stream, evictions, len(self.streams))
+
+
+def _cached(stream: Stream, tokens: array[int], seen: int, computed: int) -> list[int]:
+    """The first ``computed`` tokens of a chain that are cached when ``seen`` are asked for.
+
+    Args:
+        stream: of the chain.
+        tokens: its prompt, without those that are missing.
+        seen: ``computed``, or one more if the next one finds the cache full.
+        computed: tokens of the chain.
+    """
+    sinks = stream.schedule.sink_tokens
+    positions = stream.schedule.cached_positions(seen)
+    return [tokens[p if p < sinks else p - stream.missing] for p in positions if p < computed]

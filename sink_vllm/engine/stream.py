@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.engine.output_tail import keep_evicted
+from sink_vllm.engine.parked import ANCHORS, told
+from sink_vllm.policy.parked import CHAIN, Parked, ResumedFrom
 from sink_vllm.policy.schedule import Schedule
 from sink_vllm.policy.stats import StreamingLLMStats
 
@@ -91,13 +95,15 @@ class Stream:
     """What the scheduler knows of a request beyond its cache; all counts in tokens."""
 
     schedule: Schedule
+    parked: Parked | None = None
+    """What a stored stream says of the part of it that is not in the prompt."""
     pending: PendingTokens = field(default_factory=PendingTokens)
     """Prompt tokens the engine has not seen yet."""
     prompt: array[int] | None = None
     """The whole prompt, until the request is admitted (long prompts that are looked up only)."""
-    prompt_hashes: list[BlockHash] = field(default_factory=list)
+    prompt_hashes: Sequence[BlockHash] = field(default_factory=list)
     """Of the first pages of the prompt, by stream position; of all its full pages if its sink
-    pages were in the prefix cache when it arrived."""
+    pages were in the prefix cache when it arrived. Counted from ``base`` on, as all of a chain."""
     evicted: int = 0
     """Stream position minus cache position of every window token."""
     evictions: int = 0
@@ -110,27 +116,70 @@ class Stream:
     evicted_from_chain: int = 0
     last_hash: BlockHash | None = None
     """Hash of the last full page; goes on being the parent when its page is evicted."""
+    sinks: Sequence[BlockHash] = ()
+    """Hashes of the sink pages, of a stored stream that has evicted."""
+    anchors: deque[tuple[int, BlockHash]] = field(default_factory=lambda: deque(maxlen=ANCHORS))
+    """Where the last windows of a stored stream began, as ``policy.parked`` tells it."""
+    resumed_from: ResumedFrom | None = None
     capacity: int = field(init=False)
     """Of the schedule; read several times per step and stream."""
 
     def __post_init__(self) -> None:
         self.capacity = self.schedule.capacity
+        self.restart()
 
-    def report(self, request: Request) -> dict[str, int]:
+    def restart(self) -> None:
+        """Nothing is evicted but what was when this request came."""
+        self.evicted = 0 if self.parked is None else self.parked.base
+        self.evictions = self.evicted // self.schedule.stride
+        self.reanchorings = 0
+
+    @property
+    def missing(self) -> int:
+        """Tokens between the sinks and the rest of the prompt that are not in it."""
+        return 0 if self.parked is None else self.parked.missing
+
+    @property
+    def skips(self) -> bool:
+        """Whether the cache is built of survivors, not from the start of the chain."""
+        return self.evicted > (0 if self.parked is None else self.parked.base)
+
+    @property
+    def evictions_before(self) -> int:
+        """Of the stream, when this request came."""
+        if self.parked is None:
+            return 0
+        before = self.parked.base // self.schedule.stride
+        if self.missing:
+            before += self.schedule.evictions(self.parked.known + self.missing)
+        return before
+
+    def report(self, request: Request) -> dict[str, Any]:
         """The machine-readable account that goes into the response."""
-        account = {
+        report: dict[str, Any] = {
             "evicted_tokens": self.evicted,
             "stream_position": self.evicted + request.num_tokens + len(self.pending),
             "evictions": self.evictions,
             "rope_reanchorings": self.reanchorings,
         }
-        return account | {"rebuilds": self.rebuilds} if self.rebuilds else account
+        if self.rebuilds:
+            report["rebuilds"] = self.rebuilds
+        if self.parked is not None:
+            base = self.evicted - self.evicted_from_chain
+            report[CHAIN] = told(base, self.anchors, self.sinks, self.resumed_from)
+        return report
 
     def rebuilt(self) -> None:
         """The cache is built anew, from the tokens in it as a prompt of its own."""
         self.chain_evictions = self.evicted_from_chain = 0
         self.last_hash = None
         self.prompt_hashes = []
+        self.forget_anchors()
+
+    def forget_anchors(self) -> None:
+        """The pages of this chain cannot be found again."""
+        self.anchors.clear()
+        self.sinks = ()
 
 
 def show(

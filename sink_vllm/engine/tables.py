@@ -175,7 +175,7 @@ class PageTables:
         return EvictionPages.of(schedule, self.block_size).sinks
 
     def find_resume(
-        self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int
+        self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int, least: int = 0
     ) -> FoundPages | None:
         """The longest boundary a stream with these page hashes can be resumed at.
 
@@ -184,7 +184,8 @@ class PageTables:
         Args:
             schedule: of the stream.
             hashes: of the full pages of the stream, from its start.
-            num_pages: consider boundaries of at most that many pages.
+            num_pages: consider boundaries of at most that many pages,
+            least: and of at least that many.
 
         Returns:
             The cached pages, past the capacity; ``None`` if the sink pages, or every window, have
@@ -198,7 +199,7 @@ class PageTables:
         ]
         end = longest_boundary(
             min(num_pages, len(hashes)),
-            schedule.capacity // self.block_size + 1,
+            max(least, schedule.capacity // self.block_size + 1),
             needed,
             partial(self._first.is_resumable, schedule),
         )

@@ -22,6 +22,7 @@ OPTION_KEYS = (
     "sink_streams",
     "sink_streams_idle",
     "sink_streams_tokens",
+    "sink_streams_db",
 )
 POLICIES = ("full", "sink")
 PROMPT_MODES = ("stream", "truncate")
@@ -64,7 +65,9 @@ class SinkOptions:
     sink_streams_idle: int = 3600
     """Seconds after which it forgets a stream nobody appends to."""
     sink_streams_tokens: int = 2**26
-    """Tokens it remembers of all streams together, four bytes each."""
+    """Tokens it holds of all streams together, four bytes each."""
+    sink_streams_db: str | None = None
+    """Database that its streams outlive the server in."""
 
     @classmethod
     def parse(cls, additional_config: object) -> "SinkOptions | None":
@@ -124,6 +127,9 @@ class SinkOptions:
                 )
             if value < least:
                 raise ValueError(f"{flag(key)}={value} is too small; use {least} or more ({unit}).")
+        path: object = self.sink_streams_db
+        if path is not None and (not isinstance(path, str) or not path):
+            raise ValueError(f"{flag('sink_streams_db')}={path!r} is no path of a file; name one.")
         if (most := self.sink_max_stream_tokens) == 1 or most > MOST_STREAM_TOKENS:
             reason = "leaves no room for output" if most == 1 else "is more than vLLM counts"
             raise ValueError(

@@ -100,9 +100,15 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "sink_streams_tokens": {
         "type": int,
         "metavar": "TOKENS",
-        "help": "Most tokens that /v1/streams remembers of all its streams together, at four "
-        "bytes each; the client that holds the most loses its least recently used stream first. "
+        "help": "Most tokens that /v1/streams holds of all its streams together, at four bytes "
+        "each; the client that holds the most loses its least recently used stream first. "
         "Default: 67108864.",
+    },
+    "sink_streams_db": {
+        "type": str,
+        "metavar": "PATH",
+        "help": "SQLite database in which the streams of /v1/streams outlive the server; made if "
+        "there is none. Default: they are forgotten with it.",
     },
 }
 

@@ -32,6 +32,8 @@ from vllm.v1.engine.output_processor import (
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.parked import KEY as PARKED_KEY
+from sink_vllm.policy.parked import Parked
 from sink_vllm.server.response_state import STALLED_AFTER, EndlessRequestState, Shared
 from sink_vllm.server.sessions import SessionBound
 
@@ -64,7 +66,8 @@ class EndlessOutputProcessor(OutputProcessor):
             return  # the end of a session, or its next input
         state.__class__ = EndlessRequestState
         assert isinstance(state, EndlessRequestState)
-        state.begin(self._shared_by(parent_req), self._stalled, self._capacity)
+        shared, not_sent = self._shared_by(parent_req), _not_sent(request)
+        state.begin(shared, self._stalled, self._capacity, not_sent)
         if self._sessions is not None and request.resumable:
             self._sessions.open(state)
 
@@ -92,6 +95,13 @@ class EndlessOutputProcessor(OutputProcessor):
         if self._sessions:
             self._sessions.forget(self.request_states)
         return processed
+
+
+def _not_sent(request: EngineCoreRequest) -> int:
+    """Tokens of a stored stream before those that its request names; they count as prompt."""
+    params = request.sampling_params
+    wire = (params.extra_args or {}).get(PARKED_KEY) if params is not None else None
+    return 0 if wire is None else Parked.read(wire).not_sent
 
 
 def adopt(output_processor: Any, policy: SinkConfig) -> None:

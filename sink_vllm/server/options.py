@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sink_vllm.compat.patching import Patch
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import POLICY_KEY, flag
+from sink_vllm.policy.parked import KEY as PARKED_KEY
+from sink_vllm.policy.parked import parked_of
 from sink_vllm.policy.request_options import (
     BOUND_KEY,
     PIN_KEY,
@@ -57,6 +59,7 @@ def apply_options(params: "SamplingParams", prompt: Any, vllm_config: "VllmConfi
     extra_args = params.extra_args or {}
     options = _with_pin(extra_args, _field(prompt, PINNED_KEY), policy)
     try:
+        parked = parked_of(extra_args)
         request = RequestPolicy.read(options)
         schedule = request.schedule(policy)
         if schedule is not None and (pages := _pool_pages(vllm_config)) is not None:
@@ -65,12 +68,20 @@ def apply_options(params: "SamplingParams", prompt: Any, vllm_config: "VllmConfi
         if schedule is None and tokens is not None:
             params.max_tokens = _full_max_tokens(params, len(tokens), policy)
         if policy.max_stream_tokens and tokens is not None:
-            _bound(params, len(tokens), policy.max_stream_tokens)
+            not_sent = 0 if parked is None else parked.not_sent
+            _bound(params, len(tokens) + not_sent, policy.max_stream_tokens)
     except ValueError as error:
         raise _refused(str(error)) from error
     others = {key: value for key, value in extra_args.items() if key not in REQUEST_KEYS}
     params.extra_args = {**others, **request.normalised(policy)} or None
     return policy if schedule is None else replace(policy, schedule=schedule)
+
+
+def send_parked(params: "SamplingParams") -> None:
+    """Make what a stored stream's request carries fit for vLLM's messages; after the checks."""
+    parked = parked_of(params.extra_args)
+    if parked is not None:
+        params.extra_args = {**(params.extra_args or {}), PARKED_KEY: parked.wire()}
 
 
 def refuse_options(extra_args: Mapping[str, Any] | None) -> None:
@@ -152,7 +163,8 @@ def _refused(message: str) -> Exception:
 
     if message.startswith(flag(BOUND_KEY)):
         return VLLMValidationError(message, parameter="prompt")
-    option = next((key for key in REQUEST_KEYS if message.startswith(key)), WINDOW_KEY)
+    named = (*REQUEST_KEYS, PARKED_KEY)
+    option = next((key for key in named if message.startswith(key)), WINDOW_KEY)
     return VLLMValidationError(message, parameter=f"vllm_xargs.{option}")
 
 

@@ -14,7 +14,7 @@ from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.look_back import MOST_LOOK_BACK, longest, repetition_look_back
 from sink_vllm.policy.options import POLICY_KEY
 from sink_vllm.server.lengths import FRONT_MAX, policy_of
-from sink_vllm.server.options import PINNED_KEY, apply_options, refuse_options
+from sink_vllm.server.options import PINNED_KEY, apply_options, refuse_options, send_parked
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -88,6 +88,7 @@ def _wrap_process_inputs(
         pinned = prompt.get(PINNED_KEY) if isinstance(prompt, dict) else None
         rendered = {"prompt_token_ids": request.prompt_token_ids, PINNED_KEY: pinned}
         check_request(request, params, apply_options(params, rendered, self.vllm_config))
+        send_parked(params)
         return request
 
     return process_inputs

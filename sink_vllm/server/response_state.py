@@ -34,14 +34,16 @@ class Shared:
 class EndlessRequestState(RequestState):
     """vLLM's state of one response, which forgets what it has sent."""
 
-    def begin(self, shared: Shared, stalled: list[str], capacity: int) -> None:
+    def begin(self, shared: Shared, stalled: list[str], capacity: int, not_sent: int = 0) -> None:
         """Take over from vLLM's class, before the first output.
 
         Args:
             shared: with the other choices of the request.
             stalled: where to name this request if its client stops reading.
             capacity: tokens; a prompt that is longer is forgotten when it has been told.
+            not_sent: tokens of the stream before those of the prompt, which count as prompt.
         """
+        self.prompt_len += not_sent
         self._shared, self._account = shared, shared.account
         self._stalled = stalled
         self._capacity = capacity

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sink_vllm.policy.parked import ResumedFrom
+
 _MOST = 2**31 - 1
 TokenIds = list[Annotated[int, Field(ge=0, le=_MOST)]]
 
@@ -70,6 +72,17 @@ class CreateStream(Content):
     )
     cache_salt: str | None = Field(
         default=None, min_length=1, description="Keeps the cached pages of this stream to itself."
+    )
+    metadata: dict[
+        Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]
+    ] = Field(
+        default_factory=dict, max_length=16, description="Of the client's own: 16 texts by name."
+    )
+    expires_after: int | None = Field(
+        default=None,
+        ge=1,
+        le=_MOST,
+        description="Seconds without use after which it is forgotten, at most the server's.",
     )
 
     @model_validator(mode="after")
@@ -150,6 +163,15 @@ class StreamInfo(BaseModel):
     sink_window: int | None = Field(description="Null with kv_policy 'full'.")
     capacity: int = Field(description="Most tokens it ever has cached.")
     pending_messages: int = Field(description="Messages that the first append will compute.")
+    metadata: dict[str, str] = Field(description="As given when it was created.")
+
+
+class StreamList(BaseModel):
+    """Streams of one API key, the most recently used ones first."""
+
+    object: Literal["list"] = "list"
+    data: list[StreamInfo] = Field(description="A page of them.")
+    has_more: bool = Field(description="Ask again with `after` as the last id of this page.")
 
 
 class AppendUsage(BaseModel):
@@ -159,16 +181,25 @@ class AppendUsage(BaseModel):
     generated_tokens: int = Field(description="Generated behind them.")
     cached_tokens: int = Field(description="Of the stream before, found in the prefix cache.")
     computed_tokens: int = Field(description="Prompt tokens that had to be computed.")
+    resumed_from: ResumedFrom | None = Field(
+        description="What the stream went on from: its cached pages; its tokens in the window "
+        "alone, as the pages were gone; null if all of it was computed again."
+    )
 
 
-class Appended(BaseModel):
-    """The answer to an append; of an event stream, its last event but ``[DONE]``."""
+class Answer(BaseModel):
+    """What an append has brought, without the stream as it is then."""
 
-    object: Literal["stream.append"] = "stream.append"
     text: str | None = Field(description="What was generated; null in event streams.")
     token_ids: list[int] | None = Field(description="If asked for.")
     finish_reason: str | None = Field(description="stop, length, or null without generation.")
     usage: AppendUsage
+
+
+class Appended(Answer):
+    """The answer to an append; of an event stream, its last event but ``[DONE]``."""
+
+    object: Literal["stream.append"] = "stream.append"
     stream: StreamInfo
 
 

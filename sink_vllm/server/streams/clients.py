@@ -10,6 +10,8 @@ import hashlib
 import ipaddress
 
 _SITE_BITS = 64
+KEY_CLIENT = "key "
+"""What the names of clients with a key of their own begin with."""
 
 
 def client_name(authorization: str | None, host: str | None, *, keys_checked: bool) -> str:
@@ -22,7 +24,7 @@ def client_name(authorization: str | None, host: str | None, *, keys_checked: bo
     """
     if keys_checked and authorization:
         key = authorization.partition(" ")[2]
-        return f"key {hashlib.sha256(key.encode()).hexdigest()}"
+        return f"{KEY_CLIENT}{hashlib.sha256(key.encode()).hexdigest()}"
     return f"address {_site(host)}"
 
 

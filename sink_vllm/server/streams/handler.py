@@ -16,8 +16,9 @@ from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from sink_vllm.policy.parked import KEY as PARKED_KEY
 from sink_vllm.server.streams.bodies import Generate
-from sink_vllm.server.streams.store import StoredStream
+from sink_vllm.server.streams.stored import ID_PREFIX, StoredStream
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -76,7 +77,7 @@ class Handler:
         Args:
             stream: that is appended to.
             generate: how to generate; ``None`` only computes what is appended.
-            position: tokens before those that are generated.
+            position: tokens before those that are generated, as many as are held.
             most_tokens: that the server remembers of all its streams.
 
         Raises:
@@ -120,7 +121,7 @@ class Handler:
         params: SamplingParams,
         raw_request: "Request | None",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs for ``tokens`` as the whole stream."""
+        """The engine's outputs for a stream with ``tokens`` appended, as one request."""
         handler = self._completions
         request = _asking_for(stream.model)
         request_id = f"append-{handler._base_request_id(raw_request, request.request_id)}"
@@ -128,7 +129,10 @@ class Handler:
         if raw_request is not None:
             raw_request.state.request_metadata = RequestResponseMetadata(request_id=request_id)
             headers = await handler._get_trace_headers(raw_request.headers)
-        prompt = tokens_input(tokens, cache_salt=stream.cache_salt)
+        if stream.schedule is not None:
+            parked = stream.held.parked(stream.schedule)
+            params.extra_args = {**(params.extra_args or {}), PARKED_KEY: parked}
+        prompt = tokens_input([*stream.tokens, *tokens], cache_salt=stream.cache_salt)
         adapter = handler._maybe_get_adapters(request)
         handler._log_inputs(request_id, prompt, params=params, lora_request=adapter)
         return handler.engine_client.generate(
@@ -138,9 +142,20 @@ class Handler:
             lora_request=adapter,
             trace_headers=headers,
             priority=handler._get_priority(request, raw_request),
-            data_parallel_rank=handler._get_data_parallel_rank(raw_request),
+            data_parallel_rank=self._rank_of(stream, raw_request),
             session_id=handler._get_session_id(request, raw_request),
         )
+
+    def _rank_of(self, stream: StoredStream, raw_request: "Request | None") -> int | None:
+        """The engine that has the stream's pages, unless a header names another."""
+        rank: int | None = self._completions._get_data_parallel_rank(raw_request)
+        parallel = self._completions.engine_client.vllm_config.parallel_config
+        engines = (
+            parallel.data_parallel_size_local
+            if parallel.local_engines_only
+            else parallel.data_parallel_size
+        )
+        return engine_of(stream.id, engines) if rank is None and engines > 1 else rank
 
     def raise_if_error(self, finish_reason: str | None, request_id: str) -> None:
         """vLLM's own error for the finish reason that stands for one."""
@@ -150,3 +165,8 @@ class Handler:
 def _asking_for(model: str) -> CompletionRequest:
     """A request for ``model``, for what vLLM looks up in requests."""
     return CompletionRequest.model_validate({"model": model, "prompt": "a"})
+
+
+def engine_of(stream_id: str, engines: int) -> int:
+    """The same of several engines for all turns of a stream; ids are random, so all get alike."""
+    return int(stream_id.removeprefix(ID_PREFIX), 16) % engines

@@ -17,7 +17,7 @@ from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server.options import apply_options
 from sink_vllm.server.streams.bodies import Append, Content
 from sink_vllm.server.streams.join import behind
-from sink_vllm.server.streams.store import StoredStream
+from sink_vllm.server.streams.stored import StoredStream
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -23,11 +23,20 @@ async def _events(turn: Turn, request: Append) -> AsyncGenerator[str, None]:
             async for text, token_ids in deltas:
                 delta = Delta(text=text, token_ids=token_ids if request.return_token_ids else None)
                 yield f"data: {delta.model_dump_json()}\n\n"
-        last: Appended | ErrorResponse = turn.finish(None)
+        last: Appended | ErrorResponse = await turn.finish(None)
     except VLLMError as error:  # the response has begun: all that is left is to say so
         turn.end()
         last = create_error_response(error)
     yield f"data: {last.model_dump_json()}\n\n"
+    yield _DONE
+
+
+async def repeated(answer: Appended, request: Append) -> AsyncGenerator[str, None]:
+    """The server-sent events of a turn whose answer is asked for again."""
+    if answer.text:
+        token_ids = answer.token_ids if request.return_token_ids else None
+        yield f"data: {Delta(text=answer.text, token_ids=token_ids).model_dump_json()}\n\n"
+    yield f"data: {answer.model_copy(update={'text': None}).model_dump_json()}\n\n"
     yield _DONE
 
 

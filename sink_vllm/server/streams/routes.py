@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from vllm import envs
 from vllm.entrypoints.serve import create_error_response
@@ -28,13 +28,14 @@ from sink_vllm.server.streams.bodies import (
     CreateStream,
     Deleted,
     StreamInfo,
+    StreamList,
 )
-from sink_vllm.server.streams.clients import client_name
+from sink_vllm.server.streams.clients import KEY_CLIENT, client_name
 from sink_vllm.server.streams.gauges import show
 from sink_vllm.server.streams.handler import Refused
-from sink_vllm.server.streams.response import TurnResponse
+from sink_vllm.server.streams.response import TurnResponse, repeated
 from sink_vllm.server.streams.service import StreamService
-from sink_vllm.server.streams.store import BusyStream, NoRoom, UnknownStream
+from sink_vllm.server.streams.store import BusyStream, NoRoom, UnknownStream, UnusableStream
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -51,6 +52,15 @@ _EVENT = {
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }
+_Key = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        description="Chosen by the client: an append with the key of the last one is not done "
+        "again, but answered again.",
+    ),
+]
 _StreamId = Annotated[str, Path(description="As answered when the stream was created.")]
 
 
@@ -138,7 +148,11 @@ async def create_stream(
 @with_cancellation
 @load_aware_call
 async def append(
-    stream_id: _StreamId, request: Append, raw_request: Request, service: Service
+    stream_id: _StreamId,
+    request: Append,
+    raw_request: Request,
+    service: Service,
+    idempotency_key: _Key = None,
 ) -> JSONResponse | StreamingResponse:
     """Only what is new is sent. An error leaves the stream as it was.
 
@@ -147,7 +161,10 @@ async def append(
     """
     try:
         with _available(stream_id):
-            turn = await service.append(stream_id, request, raw_request)
+            again = service.answered(stream_id, request, idempotency_key)
+            if again is not None:
+                return _again(again, request)
+            turn = await service.append(stream_id, request, raw_request, idempotency_key)
     except Refused as refused:
         return _answer(refused.answer)
     except NoRoom as error:
@@ -157,16 +174,42 @@ async def append(
     try:
         texts = [text async for text, _ in turn.deltas()]
         text = None if request.generate is None else "".join(texts)
-        return JSONResponse(turn.finish(text).model_dump())
+        return JSONResponse((await turn.finish(text)).model_dump())
     finally:
         await turn.close()
+
+
+@router.get(
+    "/v1/streams",
+    summary="List the streams of an API key",
+    response_model=StreamList,
+    responses=_errors(HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND),
+)
+async def list_streams(
+    service: Service,
+    client: Client,
+    limit: Annotated[int, Query(ge=1, le=100, description="Streams of a page.")] = 20,
+    after: Annotated[str | None, Query(description="Last id of the page before.")] = None,
+) -> StreamList:
+    """Those in use, and then the most recently used ones, first.
+
+    An id is all that is needed to append, so a server that checks no keys lists no streams.
+    """
+    if not client.startswith(KEY_CLIENT):
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "Streams are listed by API key, and this server checks none; start it with --api-key.",
+        )
+    with _available(after or ""):
+        streams, more = service.store.of_client(client, after, limit)
+    return StreamList(data=[service.info(stream) for stream in streams], has_more=more)
 
 
 @router.get(
     "/v1/streams/{stream_id}",
     summary="Look at a stream",
     response_model=StreamInfo,
-    responses=_errors(HTTPStatus.NOT_FOUND),
+    responses=_errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
 )
 async def get_stream(stream_id: _StreamId, service: Service) -> StreamInfo:
     """Looking is no use: the stream is forgotten as if nobody had."""
@@ -185,6 +228,12 @@ async def delete_stream(stream_id: _StreamId, service: Service) -> Deleted:
     with _available(stream_id):
         service.store.remove(stream_id)
     return Deleted(id=stream_id)
+
+
+def _again(answer: Appended, request: Append) -> JSONResponse | StreamingResponse:
+    if request.stream:
+        return StreamingResponse(repeated(answer, request), media_type="text/event-stream")
+    return JSONResponse(answer.model_dump())
 
 
 def _answer(error: ErrorResponse, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -209,7 +258,7 @@ def _no_room(error: NoRoom, service: StreamService) -> JSONResponse:
 
 @contextmanager
 def _available(stream_id: str) -> Iterator[None]:
-    """Answer 404 and 409 where the store has no such stream, or somebody appends to it.
+    """Answer 404 and 409 where the store has no such stream, or it cannot be had now.
 
     Raises:
         HTTPException: see above.
@@ -222,11 +271,14 @@ def _available(stream_id: str) -> Iterator[None]:
             f"There is no stream {stream_id!r}, or no longer; create a stream and send its "
             "messages or tokens again.",
         ) from error
+    except UnusableStream as error:
+        raise HTTPException(HTTPStatus.CONFLICT, str(error)) from error
     except BusyStream as error:
         raise HTTPException(
             HTTPStatus.CONFLICT,
             f"Somebody is appending to stream {stream_id!r}; wait for the end of that turn, or "
             "close its connection.",
+            headers={"Retry-After": f"{_RETRY_AFTER}"},
         ) from error
 
 
@@ -252,11 +304,14 @@ class StreamsPlugin:
             )
         else:
             service = StreamService.of(state.openai_serving_completion)
-            show(service.store, state.openai_serving_models.model_name())
+            model_name = state.openai_serving_models.model_name()
+            show(service.store, model_name)
+            service.measure(model_name)
             if not engine_client.vllm_config.cache_config.enable_prefix_caching:
                 logger.warning(
-                    "/v1/streams without prefix caching computes the whole stream with every "
-                    "append; start the server with --enable-prefix-caching."
+                    "/v1/streams without prefix caching goes on from the tokens in the window "
+                    "with every append, which are computed again and know nothing of what was "
+                    "evicted; start the server with --enable-prefix-caching."
                 )
         if isinstance(service, str):
             logger.warning(service)

@@ -1,30 +1,37 @@
 """The stored streams of one API server: create, append, look at (``/v1/streams``).
 
-Each append is an ordinary request with the whole stream as its prompt; the engine resumes it from
-its prefix cache and computes what is new (and the rest of the last page), whatever the length of
-the stream. So an idle stream holds nothing of the engine, an append works after its pages have been
-reclaimed (the stream is then computed again), and stop strings, LoRA adapters and priorities are
-vLLM's own. vLLM's streaming-input requests would keep the pages of idle streams and one of the
-engine's request slots each, know no stop strings, and be lost with the first preemption.
+Each append is an ordinary request, with what is held of the stream (``streams.held``) as its
+prompt; the engine resumes it from its prefix cache and computes what is new (and the rest of the
+last page), at any age. So an idle stream holds nothing of the engine, an append works after its
+pages have been reclaimed (it then goes on from its survivors), and stop strings, LoRA adapters and
+priorities are vLLM's own. vLLM's streaming-input requests would keep the pages of idle streams and
+one of the engine's request slots each, know no stop strings, and be lost with the first preemption.
 """
 
+import asyncio
 import time
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import RetryableRequestError, VLLMValidationError
 
+from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import SinkOptions
 from sink_vllm.policy.request_options import PIN_KEY
 from sink_vllm.server.lengths import policy_of
-from sink_vllm.server.streams.bodies import Append, CreateStream, StreamInfo
+from sink_vllm.server.streams.archive import Archive, ArchiveError
+from sink_vllm.server.streams.bodies import Answer, Append, Appended, CreateStream, StreamInfo
 from sink_vllm.server.streams.handler import Handler
 from sink_vllm.server.streams.rendering import Rendering
-from sink_vllm.server.streams.store import StoredStream, StreamStore, TooLarge, Waiting
-from sink_vllm.server.streams.turn import Turn
+from sink_vllm.server.streams.resumes import Resumes
+from sink_vllm.server.streams.store import StreamStore, TooLarge
+from sink_vllm.server.streams.stored import StoredStream, Waiting
+from sink_vllm.server.streams.turn import Turn, digest_of
 
 if TYPE_CHECKING:
     from fastapi import Request
+    from vllm.config import VllmConfig
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
 
@@ -45,6 +52,11 @@ class StreamService:
         self._handler = handler
         self._rendering = rendering
         self._capacity = capacity
+        self._resumes: Resumes | None = None
+
+    def measure(self, model_name: str) -> None:
+        """Put what appends go on from into ``/metrics``."""
+        self._resumes = Resumes(model_name)
 
     @classmethod
     def of(cls, completions: "OpenAIServingCompletion") -> "StreamService":
@@ -53,10 +65,14 @@ class StreamService:
         policy, options = policy_of(config), SinkOptions.parse(config.additional_config)
         assert policy is not None
         assert options is not None
+        archive = None
+        if options.sink_streams_db is not None:
+            archive = Archive(options.sink_streams_db, _made_by(config, policy))
         store = StreamStore(
             most_streams=options.sink_streams,
             most_tokens=options.sink_streams_tokens,
             idle_seconds=options.sink_streams_idle,
+            archive=archive,
         )
         rendering = Rendering(completions.online_renderer, policy, config)
         return cls(store, Handler(completions, policy.capacity), rendering, policy.capacity)
@@ -67,11 +83,18 @@ class StreamService:
         Raises:
             Refused: there is no such model.
             NoRoom: see there.
-            VLLMError: the content or the options are refused.
+            VLLMError: the content or the options are refused, or it cannot be written.
         """
         model = request.model or self._handler.default_model()
         await self._handler.check_model(model)
         validate_cache_salt(request.cache_salt)
+        if (expires := request.expires_after) and expires > self.store.idle_seconds:
+            raise VLLMValidationError(
+                f"expires_after={expires} is more than the {self.store.idle_seconds} seconds after "
+                "which this server forgets an unused stream (--sink-streams-idle); use fewer, or "
+                "leave it out.",
+                parameter="expires_after",
+            )
         options, messages = request.options(), request.first_messages()
         if request.sink_pin == "system" and not any(m["role"] == "system" for m in messages):
             raise VLLMValidationError(
@@ -91,6 +114,8 @@ class StreamService:
                 options,
                 cache_salt=request.cache_salt,
                 tokens=tokens,
+                metadata=request.metadata,
+                expires_after=request.expires_after,
                 pending=[Waiting(each["role"], each["content"].encode()) for each in messages],
             )
         except TooLarge as error:
@@ -102,12 +127,50 @@ class StreamService:
             ) from error
         if tokens:
             stream.tail, stream.open = "assistant", True
+        if self.store.is_archived:
+            await self._saved(stream)
         return stream
 
+    async def _saved(self, stream: StoredStream) -> None:
+        """A stream whose id is told outlives the server."""
+        try:
+            await asyncio.wrap_future(self.store.save(stream))
+        except ArchiveError as error:
+            if not stream.busy:
+                self.store.remove(stream.id)
+            raise RetryableRequestError(str(error)) from error
+
+    def answered(self, stream_id: str, request: Append, key: str | None) -> Appended | None:
+        """The answer to the last turn of a stream, if ``request`` asks for it again.
+
+        Raises:
+            UnknownStream: see there.
+            UnusableStream: see there.
+            VLLMValidationError: the last turn of this key was another one.
+        """
+        stream = self.store.get(stream_id)
+        last = stream.answered
+        if key is None or stream.busy or last is None or last.key != key:
+            return None
+        if last.asked != digest_of(request):
+            raise VLLMValidationError(
+                f"Idempotency-Key {key!r} was sent with another append to this stream; choose a "
+                "new key for each append, and the same one only to repeat it unchanged.",
+                parameter="Idempotency-Key",
+            )
+        answer = Answer.model_validate_json(last.answer)
+        return Appended(**answer.model_dump(), stream=self.info(stream))
+
     async def append(
-        self, stream_id: str, request: Append, raw_request: "Request | None" = None
+        self,
+        stream_id: str,
+        request: Append,
+        raw_request: "Request | None" = None,
+        key: str | None = None,
     ) -> Turn:
         """Append and, if asked to, generate; the turn must be closed.
+
+        The answer can be asked for again under ``key`` until the next turn.
 
         Raises:
             UnknownStream: see there.
@@ -124,6 +187,8 @@ class StreamService:
             handler=self._handler,
             rendering=self._rendering,
             info=self.info,
+            key=key,
+            resumes=self._resumes,
         )
         try:
             await turn.start()
@@ -144,12 +209,26 @@ class StreamService:
             expires_in_seconds=round(max(self.store.expires_in(stream), 0.0), 3),
             busy=stream.busy,
             turns=stream.turns,
-            position=len(stream.tokens),
+            position=stream.position,
             evicted=stream.evicted,
-            cached=len(stream.tokens) - stream.evicted,
+            cached=stream.position - stream.evicted,
             evictions=stream.evictions,
             sink_tokens=None if schedule is None else schedule.sink_tokens,
             sink_window=None if schedule is None else schedule.window,
             capacity=self._capacity if schedule is None else schedule.capacity,
             pending_messages=len(stream.pending),
+            metadata=stream.metadata,
         )
+
+
+def _made_by(config: "VllmConfig", policy: SinkConfig) -> dict[str, Any]:
+    """What the tokens of a stored stream, and its chain, mean something to."""
+    schedule = policy.schedule
+    return {
+        "model": config.model_config.model,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "sink_tokens": schedule.sink_tokens,
+        "sink_window": schedule.window,
+        "sink_stride": schedule.stride,
+        "sink_vllm": version("sink_vllm"),
+    }

@@ -1,28 +1,33 @@
 """The stored streams: what a server remembers of each, bounded in number, tokens and time.
 
-Kept is what the engine needs to find a stream's pages again: its options, its token ids, four bytes
-each, and the messages that wait for the first append. The pages themselves belong to the prefix
-cache, so that a stream nobody appends to holds no memory of the accelerator. Which stream is
-forgotten for another one is decided by ``sink_vllm.server.streams.shares``. Imports neither torch
-nor vLLM.
+Kept is what the engine needs to find a stream's pages again, which does not grow with the stream
+(``sink_vllm.server.streams.held``), its options, and the messages that wait for the first append.
+The pages themselves belong to the prefix cache, so that a stream nobody appends to holds no memory
+of the accelerator. Which stream is forgotten for another one is decided by
+``sink_vllm.server.streams.shares``. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
+import heapq
+import logging
 import secrets
 import time
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from typing import Any
 
 from sink_vllm.policy.schedule import Schedule
+from sink_vllm.server.streams.archive import Archive
+from sink_vllm.server.streams.held import Held
 from sink_vllm.server.streams.shares import Resource, Shares
+from sink_vllm.server.streams.stored import ID_PREFIX, StoredStream, Waiting
 
-TOKEN_BYTES = 4
-MESSAGE_TOKENS = 64
-"""What a waiting message counts as beside its text: the objects it is kept in."""
+# Below vLLM's own logger, whose handlers print it.
+logger = logging.getLogger(f"vllm.{__name__}")
+
+_MORE_EXPIRING = 1000  # times of expiry that are known and no longer go
 
 
 class UnknownStream(LookupError):
@@ -31,6 +36,10 @@ class UnknownStream(LookupError):
 
 class BusyStream(RuntimeError):
     """Somebody is appending to the stream."""
+
+
+class UnusableStream(RuntimeError):
+    """The stream is in the archive, and cannot be gone on with here; one sentence."""
 
 
 class NoRoom(RuntimeError):
@@ -49,70 +58,6 @@ class TooLarge(ValueError):
         self.tokens = tokens
 
 
-class Waiting(NamedTuple):
-    """A chat message that the first append will compute, kept as UTF-8."""
-
-    role: str
-    content: bytes
-
-    @property
-    def size(self) -> int:
-        """In tokens of the same memory, whatever its text will be tokenized to."""
-        return -(-len(self.content) // TOKEN_BYTES) + MESSAGE_TOKENS
-
-    def message(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content.decode()}
-
-
-@dataclass(slots=True)
-class StoredStream:
-    """One stream; all counts in tokens."""
-
-    id: str
-    client: str
-    """Whose share it is taken from: of who created it."""
-    model: str
-    schedule: Schedule | None
-    """``None`` for a stream with ``kv_policy="full"``."""
-    options: dict[str, Any]
-    """For the ``extra_args`` of its requests."""
-    created: float
-    """Unix time."""
-    used: float
-    """Of the store's clock, in seconds."""
-    cache_salt: str | None = None
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    pending: tuple[Waiting, ...] = ()
-    """Messages that the next ones are rendered together with."""
-    tail: str | None = None
-    """Role of the message the stream ends with; ``None`` while there are no tokens."""
-    open: bool = False
-    """The last message is a reply, which the template has not closed."""
-    sampled: bool = False
-    """The last token was generated, and is computed with what follows it."""
-    turns: int = 0
-    busy: bool = False
-    counted: int = 0
-    """What the store has counted it as."""
-
-    @property
-    def size(self) -> int:
-        """Tokens, and what waits to become tokens."""
-        return len(self.tokens) + sum(message.size for message in self.pending)
-
-    @property
-    def computed(self) -> int:
-        return len(self.tokens) - self.sampled
-
-    @property
-    def evicted(self) -> int:
-        return 0 if self.schedule is None else self.schedule.evicted(self.computed)
-
-    @property
-    def evictions(self) -> int:
-        return 0 if self.schedule is None else self.schedule.evictions(self.computed)
-
-
 class StreamStore:
     """Streams by id.
 
@@ -127,14 +72,51 @@ class StreamStore:
         most_tokens: int,
         idle_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        archive: Archive | None = None,
     ) -> None:
+        """``archive`` has the streams of an earlier server, and gets those of this one."""
         self.most_streams = most_streams
         self.most_tokens = most_tokens
         self.idle_seconds = idle_seconds
         self.clock = clock
         self._streams: dict[str, StoredStream] = {}
-        self._idle: OrderedDict[str, StoredStream] = OrderedDict()  # least recently used first
+        self._idle: dict[str, StoredStream] = {}
+        self._expiring: list[tuple[float, str]] = []  # a heap; used streams are in it again
         self._shares = Shares({"streams": most_streams, "tokens": most_tokens})
+        self._archive = archive
+        self._refused: dict[str, str] = {}
+        if archive is not None:
+            self._load(archive)
+
+    def _load(self, archive: Archive) -> None:
+        streams, self._refused = archive.load(time.time())
+        for stream, idle in streams:
+            stream.used = self.clock() - idle
+            self._streams[stream.id] = stream
+            self._shares.add(stream.client, streams=1, tokens=0)
+            self._settle(stream, asks=False)
+        self.forget_idle()
+        logger.info(
+            "/v1/streams goes on with %d streams of %s; %d others cannot be gone on with here.",
+            len(self),
+            archive.path,
+            len(self._refused),
+        )
+
+    @property
+    def is_archived(self) -> bool:
+        """Whether streams outlive this server."""
+        return self._archive is not None
+
+    def save(self, stream: StoredStream) -> Future[None]:
+        """Write ``stream``, as it is now, into the archive; see there."""
+        assert self._archive is not None
+        return self._archive.save(stream, time.time())
+
+    def save_later(self, stream: StoredStream) -> None:
+        """The same, for nobody who waits."""
+        if self._archive is not None:
+            self.save(stream).add_done_callback(_log_failure)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -159,6 +141,8 @@ class StreamStore:
         cache_salt: str | None = None,
         tokens: Sequence[int] = (),
         pending: Iterable[Waiting] = (),
+        metadata: dict[str, str] | None = None,
+        expires_after: float | None = None,
     ) -> StoredStream:
         """A new stream, at the cost of others when there is no room.
 
@@ -167,7 +151,7 @@ class StreamStore:
             NoRoom: see there.
         """
         stream = StoredStream(
-            id=f"stream-{secrets.token_hex(16)}",
+            id=f"{ID_PREFIX}{secrets.token_hex(16)}",
             client=client,
             model=model,
             schedule=schedule,
@@ -175,8 +159,10 @@ class StreamStore:
             created=time.time(),
             used=self.clock(),
             cache_salt=cache_salt,
-            tokens=array("i", tokens),
+            held=Held(array("i", tokens)),
             pending=tuple(pending),
+            metadata=metadata or {},
+            expires_after=expires_after,
         )
         if stream.size >= self.most_tokens:
             raise TooLarge(stream.size)
@@ -194,8 +180,11 @@ class StreamStore:
 
         Raises:
             UnknownStream: see there.
+            UnusableStream: see there.
         """
         self.forget_idle()
+        if stream_id in self._refused:
+            raise UnusableStream(self._refused[stream_id])
         if stream_id not in self._streams:
             raise UnknownStream(stream_id)
         return self._streams[stream_id]
@@ -205,6 +194,7 @@ class StreamStore:
 
         Raises:
             UnknownStream: see there.
+            UnusableStream: see there.
             BusyStream: see there.
             NoRoom: see there; the stream stays.
         """
@@ -226,12 +216,15 @@ class StreamStore:
         self._settle(stream, asks=False)
 
     def remove(self, stream_id: str) -> None:
-        """Forget a stream.
+        """Forget a stream, also one that cannot be gone on with.
 
         Raises:
             UnknownStream: see there.
             BusyStream: see there.
         """
+        if self._archive is not None and self._refused.pop(stream_id, None) is not None:
+            self._archive.remove(stream_id).add_done_callback(_log_failure)
+            return
         stream = self.get(stream_id)
         if stream.busy:
             raise BusyStream(stream_id)
@@ -239,15 +232,47 @@ class StreamStore:
 
     def expires_in(self, stream: StoredStream) -> float:
         """Seconds until an unused stream is forgotten."""
-        return stream.used + self.idle_seconds - self.clock()
+        return self._expires(stream) - self.clock()
+
+    def _expires(self, stream: StoredStream) -> float:
+        own = stream.expires_after
+        return stream.used + (self.idle_seconds if own is None else min(own, self.idle_seconds))
 
     def forget_idle(self) -> None:
         """Forget what nobody has used for too long; every method does that first."""
-        while self._idle:
-            stream = next(iter(self._idle.values()))
-            if self.expires_in(stream) > 0:
-                return  # the others were used later
-            self._drop(stream)
+        now = self.clock()
+        while self._expiring and self._expiring[0][0] <= now:
+            _, stream_id = heapq.heappop(self._expiring)
+            stream = self._idle.get(stream_id)
+            if stream is not None and self._expires(stream) <= now:  # not used since
+                self._drop(stream)
+
+    def of_client(
+        self, client: str, after: str | None, limit: int
+    ) -> tuple[list[StoredStream], bool]:
+        """A page of the streams of a client, those in use and the most recently used ones first.
+
+        Args:
+            client: whose.
+            after: begin behind this stream; from the first one by default.
+            limit: streams of a page.
+
+        Returns:
+            The streams, and whether there are more.
+
+        Raises:
+            UnknownStream: the client has no stream ``after``.
+        """
+        self.forget_idle()
+        own = [one for one in self._streams.values() if one.client == client]
+        own.sort(key=lambda one: (one.busy, one.used, one.id), reverse=True)
+        begin = 0
+        if after is not None:
+            places = {one.id: place for place, one in enumerate(own)}
+            if after not in places:
+                raise UnknownStream(after)
+            begin = places[after] + 1
+        return own[begin : begin + limit], begin + limit < len(own)
 
     def _settle(self, stream: StoredStream, *, asks: bool) -> None:
         """``stream`` is as long as it is, and not in use; others go if that is too much."""
@@ -255,6 +280,10 @@ class StreamStore:
         self._shares.add(stream.client, streams=0, tokens=size - stream.counted)
         stream.counted = size
         self._idle[stream.id] = stream
+        heapq.heappush(self._expiring, (self._expires(stream), stream.id))
+        if len(self._expiring) > 2 * len(self._streams) + _MORE_EXPIRING:
+            self._expiring = [(self._expires(one), one.id) for one in self._idle.values()]
+            heapq.heapify(self._expiring)
         self._shares.used(stream.client, stream.id)
         self._make_room(stream, asks=asks)
 
@@ -267,3 +296,10 @@ class StreamStore:
         del self._idle[stream.id]
         self._shares.in_use(stream.client, stream.id)
         self._shares.add(stream.client, streams=-1, tokens=-stream.counted)
+        if self._archive is not None:
+            self._archive.remove(stream.id).add_done_callback(_log_failure)
+
+
+def _log_failure(written: Future[None]) -> None:
+    if (error := written.exception()) is not None:
+        logger.warning("%s", error)

@@ -1,16 +1,24 @@
 """One append to a stored stream, from the engine's first output to the account of what it cost."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import hashlib
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import RetryableRequestError
 from vllm.outputs import RequestOutput
 
-from sink_vllm.server.streams.bodies import Append, Appended, AppendUsage, StreamInfo
+from sink_vllm.policy.parked import CHAIN, Chain, ResumedFrom
+from sink_vllm.policy.report import KEY as ACCOUNT_KEY
+from sink_vllm.server.streams.archive import ArchiveError
+from sink_vllm.server.streams.bodies import Answer, Append, Appended, AppendUsage, StreamInfo
 from sink_vllm.server.streams.handler import Handler
 from sink_vllm.server.streams.rendering import Rendering
-from sink_vllm.server.streams.store import StoredStream, StreamStore
+from sink_vllm.server.streams.resumes import Resumes
+from sink_vllm.server.streams.store import StreamStore
+from sink_vllm.server.streams.stored import Answered, StoredStream
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -39,6 +47,8 @@ class Turn:
         handler: Handler,
         rendering: Rendering,
         info: Callable[[StoredStream], StreamInfo],
+        key: str | None = None,
+        resumes: Resumes | None = None,
     ) -> None:
         """
         Args:
@@ -49,20 +59,29 @@ class Turn:
             handler: makes a request of the engine of it.
             rendering: of what is appended.
             info: what the account says of the stream.
+            key: under which the client may ask for the answer again.
+            resumes: counts what streams went on from.
         """
         self._stream, self._request, self._raw_request = stream, request, raw_request
         self._store, self._handler, self._rendering = store, handler, rendering
-        self._info = info
+        self._info, self._key = info, key
+        self._resumes, self._began = resumes, time.monotonic()
+        self._texts: list[str] = []
         self._before = (stream.options, stream.schedule)
-        self._appended: list[int] = []
-        self._generated: list[int] = []
+        self._held = stream.held.copy()
+        self._appended = self._generated = 0  # tokens
+        self._token_ids: list[int] = []
         self._outputs: AsyncGenerator[RequestOutput, None] | None = None
         self._first: RequestOutput | None = None
+        self._told: Mapping[str, Any] | None = None
+        self._resumed_from: ResumedFrom | None = None
+        self._skipped = 0  # tokens that are neither found nor computed
         self._cached = 0
         self._finish_reason: str | None = None
         self._read = False
         self._failed = False
         self._complete = False
+        self._is_saved = False
         self._ended = False
 
     async def start(self) -> None:
@@ -70,14 +89,23 @@ class Turn:
         handler, stream, request = self._handler, self._stream, self._request
         await handler.check_model(stream.model)
         handler.check_engine()
-        self._appended = await self._rendering.new_tokens(stream, request)
-        tokens = [*stream.tokens, *self._appended]
+        tokens = await self._rendering.new_tokens(stream, request)
+        self._held.extend(tokens)
+        self._appended = len(tokens)
         most = self._store.most_tokens
-        params = handler.params(stream, request.generate, len(tokens), most)
+        params = handler.params(stream, request.generate, len(self._held.tokens), most)
         self._outputs = await handler.outputs(stream, tokens, params, self._raw_request)
         self._first = await anext(self._outputs)
         self._cached = self._first.num_cached_tokens or 0
         self._check(self._first)
+        if (told := _told_in(self._first)) is not None:
+            chain = Chain.read(told)
+            self._resumed_from = chain.resumed_from
+            self._skipped = 0 if chain.resumed_from == "cache" else chain.base
+        if self._resumed_from is None and self._cached:
+            self._resumed_from = "cache"
+        if self._resumes is not None and stream.position:
+            self._resumes.observe(self._resumed_from, time.monotonic() - self._began)
 
     async def deltas(self) -> AsyncGenerator[tuple[str, list[int]], None]:
         """Text and token ids as they are generated; nothing without generation.
@@ -92,8 +120,11 @@ class Turn:
             while output is not None:
                 self._check(output)
                 completion = output.outputs[0]
+                token_ids = () if self._request.generate is None else completion.token_ids
+                self._take(output, token_ids)
                 if self._request.generate is not None:
-                    self._generated += completion.token_ids
+                    if self._key is not None:
+                        self._texts.append(completion.text)
                     self._finish_reason = completion.finish_reason
                     self._read = True
                     yield completion.text, list(completion.token_ids)
@@ -102,6 +133,18 @@ class Turn:
             self._failed = True
             raise
         self._complete = True
+
+    def _take(self, output: RequestOutput, token_ids: Sequence[int]) -> None:
+        """Take in an output; what it lets the stream forget is forgotten."""
+        self._held.extend(token_ids)
+        self._generated += len(token_ids)
+        if self._request.return_token_ids:
+            self._token_ids += token_ids
+        told = _told_in(output)
+        if told is not None and told is not self._told and self._stream.schedule is not None:
+            self._told = told
+            self._held.told(Chain.read(told))
+            self._held.trim(self._stream.schedule, sampled=self._generated > 0)
 
     def _check(self, output: RequestOutput) -> None:
         """Raise what the engine's finish reason means, if it is an error."""
@@ -121,7 +164,9 @@ class Turn:
         try:
             left = self._read and self._request.stream and not self._failed
             if self._complete or left:
-                self._commit()
+                self._commit(self._stream)
+                if not self._is_saved:
+                    self._store.save_later(self._stream)
             else:
                 self._stream.options, self._stream.schedule = self._before
         finally:
@@ -145,30 +190,73 @@ class Turn:
     def __del__(self) -> None:
         self.end()  # of a response that was never sent, say
 
-    def _commit(self) -> None:
-        stream, request = self._stream, self._request
-        stream.tokens.extend([*self._appended, *self._generated])
+    async def _save(self) -> None:
+        """Write the stream as it will be; only then is the turn a part of it.
+
+        Raises:
+            RetryableRequestError: it cannot be written; the stream is as it was.
+        """
+        if not self._store.is_archived or self._is_saved:
+            return
+        after = copy(self._stream)
+        self._commit(after)
+        try:
+            await asyncio.wrap_future(self._store.save(after))
+        except ArchiveError as error:
+            self._failed, self._complete = True, False
+            raise RetryableRequestError(f"{error} The stream is as it was.") from error
+        self._is_saved = True
+
+    def _commit(self, stream: StoredStream) -> None:
+        request = self._request
+        sampled = self._generated > 0
+        if stream.schedule is not None:
+            self._held.trim(stream.schedule, sampled=sampled)
+        stream.held = self._held
         stream.turns += 1
-        stream.sampled = bool(self._generated)
+        stream.sampled = sampled
         if request.generate is not None or request.is_raw:
             stream.tail, stream.open = "assistant", True
         elif request.messages:
             stream.tail, stream.open = request.messages[-1].role, False
         stream.pending = ()
+        stream.answered = None
+        if self._key is not None:
+            text = None if request.generate is None else "".join(self._texts)
+            answer = self._answer(text)
+            stream.answered = Answered(self._key, digest_of(request), answer.model_dump_json())
 
-    def finish(self, text: str | None) -> Appended:
-        """End the turn, and account for it before anybody else can begin another."""
+    async def finish(self, text: str | None) -> Appended:
+        """End the turn, and account for it before anybody else can begin another.
+
+        Raises:
+            RetryableRequestError: it cannot be written; the stream is as it was.
+        """
+        await self._save()
         self.end()
-        prompt = len(self._stream.tokens) - len(self._generated)
-        return Appended(
+        return Appended(**self._answer(text).model_dump(), stream=self._info(self._stream))
+
+    def _answer(self, text: str | None) -> Answer:
+        prompt = self._held.position - self._generated
+        return Answer(
             text=text,
-            token_ids=self._generated if self._request.return_token_ids else None,
+            token_ids=self._token_ids if self._request.return_token_ids else None,
             finish_reason=self._finish_reason,
             usage=AppendUsage(
-                appended_tokens=len(self._appended),
-                generated_tokens=len(self._generated),
+                appended_tokens=self._appended,
+                generated_tokens=self._generated,
                 cached_tokens=self._cached,
-                computed_tokens=prompt - self._cached,
+                computed_tokens=prompt - self._cached - self._skipped,
+                resumed_from=self._resumed_from,
             ),
-            stream=self._info(self._stream),
         )
+
+
+def digest_of(request: Append) -> str:
+    """What a request asks for, to tell whether another asks for the same."""
+    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+
+
+def _told_in(output: RequestOutput) -> Mapping[str, Any] | None:
+    """What the engine tells of the stream; the same object in outputs that only repeat it."""
+    return (output.kv_transfer_params or {}).get(ACCOUNT_KEY, {}).get(CHAIN)

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from examples.serving import Metrics, Server
+from sink_vllm.policy.parked import KEY as PARKED_KEY
 from sink_vllm.policy.schedule import Schedule
 from tests.support.monitoring import metrics_named
 from tests.support.serving import CAPACITY, FLAGS, MODEL, SCHEDULE, prompt_of
@@ -159,6 +160,7 @@ def test_deltas_are_one_uninterrupted_stream(api: _Api) -> None:
             # The last output and the rest of a page; before the first resume a page more.
             rest = BLOCK if len(whole) > CAPACITY + BLOCK else 2 * BLOCK
             assert len(new) <= usage["computed_tokens"] <= len(new) + rest
+            assert usage["resumed_from"] == "cache"
         whole = [*prompt, *answer["token_ids"]]
         assert stream["position"] == len(whole)
         assert stream["evicted"] == SCHEDULE.evicted(len(whole) - 1)
@@ -276,6 +278,52 @@ def test_leaving_an_event_stream_keeps_what_was_read(api: _Api) -> None:
     assert 60 + 5 <= info["position"] < 3000
     assert api.generate(stream_id, 3)["stream"]["position"] == info["position"] + 3
     api.delete(stream_id)
+
+
+def test_an_append_that_is_repeated(api: _Api) -> None:
+    """The answer was lost: the same key gives it again, and nothing is appended twice."""
+    stream_id = api.create(tokens=prompt_of(150, salt=25))
+    path = f"/v1/streams/{stream_id}/append"
+    body = {"tokens": [70], "generate": {**GREEDY, "max_tokens": 5}, "return_token_ids": True}
+    headers = {"Idempotency-Key": "one"}
+    first, again = (api.http.post(path, json=body, headers=headers).json() for _ in range(2))
+
+    assert {**again, "stream": None} == {**first, "stream": None}
+    assert again["stream"]["turns"] == 1
+    assert again["stream"]["position"] == 156
+    other = api.http.post(path, json={**body, "tokens": [71]}, headers=headers)
+    assert other.status_code == 400
+    assert "another append" in other.json()["error"]["message"]
+    events = api.http.post(path, json={**body, "stream": True}, headers={"Idempotency-Key": "two"})
+    repeated = api.http.post(
+        path, json={**body, "stream": True}, headers={"Idempotency-Key": "two"}
+    )
+    assert repeated.text.count("stream.delta") == 1 < events.text.count("stream.delta")
+    assert repeated.text.endswith("data: [DONE]\n\n")
+    assert api.get(stream_id)["position"] == 162
+    api.delete(stream_id)
+
+
+def test_streams_of_a_key_are_listed(api: _Api) -> None:
+    other = _Api(api.url, OTHER_KEY)
+    theirs = other.create()
+    ids = [api.create(metadata={"n": f"{n}"}, expires_after=600) for n in range(3)]
+
+    pages = [api.call("GET", "/v1/streams?limit=2", 200)]
+    last = pages[0]["data"][-1]["id"]
+    pages.append(api.call("GET", f"/v1/streams?limit=2&after={last}", 200))
+
+    found = [stream for page in pages for stream in page["data"]]
+    assert [stream["id"] for stream in found] == ids[::-1]
+    assert [stream["metadata"] for stream in found] == [{"n": "2"}, {"n": "1"}, {"n": "0"}]
+    assert all(590 < stream["expires_in_seconds"] <= 600 for stream in found)
+    assert [page["has_more"] for page in pages] == [True, False]
+    api.error("GET", f"/v1/streams?after={theirs}", 404)
+    assert "--sink-streams-idle" in api.error("POST", "/v1/streams", 400, {"expires_after": 3601})
+    api.error("POST", "/v1/streams", 400, {"metadata": {f"{n}": "" for n in range(17)}})
+    for stream_id in ids:
+        api.delete(stream_id)
+    other.delete(theirs)
 
 
 # -- options ------------------------------------------------------------------------------------
@@ -584,6 +632,7 @@ def test_schema(api: _Api) -> None:
 
     assert {(path, method) for path, routes in paths.items() for method in routes} == {
         ("/v1/streams", "post"),
+        ("/v1/streams", "get"),
         ("/v1/streams/{stream_id}", "get"),
         ("/v1/streams/{stream_id}", "delete"),
         ("/v1/streams/{stream_id}/append", "post"),
@@ -592,7 +641,8 @@ def test_schema(api: _Api) -> None:
     assert {"200", "400", "401", "404", "409", "429"} <= set(append["responses"])
     assert set(append["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     models = schema["components"]["schemas"]
-    for name in ("CreateStream", "Append", "Generate", "StreamInfo", "Appended", "AppendUsage"):
+    bodies = ("CreateStream", "Append", "Generate", "StreamInfo", "Appended", "AppendUsage")
+    for name in (*bodies, "StreamList"):
         fields = models[name]["properties"].items()
         missing = [field for field, said in fields if not ({"description", "$ref"} & set(said))]
         assert set(missing) <= {"id", "object"}, name
@@ -611,6 +661,8 @@ def test_refused_options_are_a_400_in_streams_too(api: _Api, path: str, stream: 
         ({"sink_tokens": 65}, "use 64 or fewer"),
         ({"kv_policy": "full"}, "128 tokens"),
         ({"sink_windows": 3}, "sink_windows"),
+        ({PARKED_KEY: "a stream of somebody else's"}, "cannot be named"),
+        ({PARKED_KEY: ["0" * 64, 32]}, "cannot be named"),
     ):
         body = {"model": MODEL, "max_tokens": 5, "stream": stream, "vllm_xargs": xargs, **content}
         assert says in api.error("POST", path, 400, body)
@@ -655,3 +707,16 @@ def test_stream_lengths_are_counted(api: _Api) -> None:
     assert buckets
     count = next(line for line in text.splitlines() if line.startswith("sink_vllm:stream_tokens_c"))
     assert float(count.rsplit(" ", 1)[1]) > 0
+
+
+def test_what_streams_go_on_from_is_counted(api: _Api) -> None:
+    resumes, seconds = "stored_stream_resumes_total", "stored_stream_resume_seconds_count"
+    before = api.gauge(resumes)
+    stream_id = api.create()
+    for turn in range(3):  # the first one goes on from nothing
+        api.generate(stream_id, 2, tokens=prompt_of(60, salt=31 + 2 * turn))
+    text = httpx.get(f"{api.url}/metrics").text
+
+    assert api.gauge(resumes) == api.gauge(seconds) == before + 2
+    assert f'sink_vllm:{resumes}{{model_name="{MODEL}",source="cache"}}' in text
+    api.delete(stream_id)

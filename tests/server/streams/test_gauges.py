@@ -7,7 +7,8 @@ from prometheus_client import REGISTRY
 
 from sink_vllm.server import metrics
 from sink_vllm.server.streams.gauges import GAUGES, show
-from sink_vllm.server.streams.store import StreamStore, Waiting
+from sink_vllm.server.streams.store import StreamStore
+from sink_vllm.server.streams.stored import Waiting
 
 
 @pytest.fixture(autouse=True)

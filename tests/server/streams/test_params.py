@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server.lengths import FRONT_MAX
 from sink_vllm.server.streams.bodies import Generate
-from sink_vllm.server.streams.handler import Handler
+from sink_vllm.server.streams.handler import Handler, engine_of
 from sink_vllm.server.streams.store import StreamStore
 
 SCHEDULE = Schedule(sink_tokens=4, window=92, stride=32)
@@ -93,3 +93,13 @@ def test_a_turn_that_only_computes_samples_one_token() -> None:
     params = _params(None, 10, {"max_tokens": 20, "temperature": 0.5})
 
     assert (params.max_tokens, params.temperature, params.detokenize) == (1, 0.0, False)
+
+
+def test_all_turns_of_a_stream_go_to_one_of_several_engines() -> None:
+    store = StreamStore(most_streams=400, most_tokens=MOST_TOKENS, idle_seconds=60)
+    ids = [store.create("a", "m", SCHEDULE, {}).id for _ in range(400)]
+
+    chosen = [engine_of(stream_id, 4) for stream_id in ids]
+
+    assert chosen == [engine_of(stream_id, 4) for stream_id in ids]
+    assert all(60 < chosen.count(engine) < 140 for engine in range(4))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from sink_vllm.server.streams.clients import client_name
-from sink_vllm.server.streams.store import NoRoom, StoredStream, StreamStore
+from sink_vllm.server.streams.store import NoRoom, StreamStore
+from sink_vllm.server.streams.stored import StoredStream
 
 EPISODES = 120
 STEPS = 250

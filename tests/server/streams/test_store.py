@@ -5,16 +5,8 @@ import sys
 import pytest
 
 from sink_vllm.policy.schedule import Schedule
-from sink_vllm.server.streams.store import (
-    TOKEN_BYTES,
-    BusyStream,
-    NoRoom,
-    StoredStream,
-    StreamStore,
-    TooLarge,
-    UnknownStream,
-    Waiting,
-)
+from sink_vllm.server.streams.store import BusyStream, NoRoom, StreamStore, TooLarge, UnknownStream
+from sink_vllm.server.streams.stored import TOKEN_BYTES, StoredStream, Waiting
 
 SCHEDULE = Schedule(sink_tokens=4, window=92, stride=32)
 
@@ -181,7 +173,7 @@ def test_a_release_costs_the_same_beside_any_number_of_streams() -> None:
     store = StreamStore(most_streams=300, most_tokens=10**6, idle_seconds=60)
     streams = [_create(store, 10) for _ in range(300)]
     for other in streams[1:]:
-        other.tokens = None  # type: ignore[assignment]  # whoever reads it raises
+        other.held = None  # type: ignore[assignment]  # whoever reads it raises
 
     _use(store, streams[0], 5)
 
@@ -197,3 +189,50 @@ def test_numbers_of_a_stream() -> None:
     assert stream.evicted == SCHEDULE.evicted(199)
     stream.schedule = None
     assert (stream.evicted, stream.evictions) == (0, 0)
+
+
+def test_a_stream_may_expire_earlier(store: StreamStore, clock: _Clock) -> None:
+    early = store.create("a", "m", SCHEDULE, {}, expires_after=5)
+    late = _create(store)
+    clock.now += 4
+    _use(store, early)
+    clock.now += 4
+    assert store.expires_in(early) == 1
+    assert (_known(store, early), _known(store, late)) == (True, True)
+    clock.now += 1
+    assert (_known(store, early), _known(store, late)) == (False, True)
+    assert len(store._expiring) <= 3
+
+
+def test_times_of_expiry_do_not_pile_up() -> None:
+    store = StreamStore(most_streams=3, most_tokens=100, idle_seconds=60)
+    stream = _create(store)
+
+    for _ in range(5000):
+        _use(store, stream)
+
+    assert len(store._expiring) <= 1100
+
+
+def test_a_client_sees_its_streams_page_by_page(clock: _Clock) -> None:
+    store = StreamStore(most_streams=100, most_tokens=10**4, idle_seconds=60, clock=clock)
+    own = []
+    for _turn in range(7):
+        clock.now += 1
+        own.append(_create(store, client="a"))
+        _create(store, client="b")
+    clock.now += 1
+    _use(store, own[2])
+    store.acquire(own[4].id)
+    order = [own[one].id for one in (4, 2, 6, 5, 3, 1, 0)]
+
+    found, after, more = [], None, True
+    while more:
+        page, more = store.of_client("a", after, 3)
+        found += [one.id for one in page]
+        after = found[-1]
+
+    assert found == order
+    with pytest.raises(UnknownStream):
+        store.of_client("b", order[0], 3)
+    assert store.of_client("c", None, 3) == ([], False)

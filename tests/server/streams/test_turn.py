@@ -3,20 +3,30 @@
 import asyncio
 import gc
 import json
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from vllm import SamplingParams
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-from vllm.exceptions import GenerationError, RetryableRequestError, VLLMError, VLLMServerError
+from vllm.exceptions import (
+    GenerationError,
+    RetryableRequestError,
+    VLLMError,
+    VLLMServerError,
+    VLLMValidationError,
+)
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from sink_vllm.policy.schedule import Schedule
+from sink_vllm.server.streams.archive import Archive
 from sink_vllm.server.streams.bodies import Append, Generate
 from sink_vllm.server.streams.response import TurnResponse
 from sink_vllm.server.streams.service import StreamService
-from sink_vllm.server.streams.store import StoredStream, StreamStore, UnknownStream
+from sink_vllm.server.streams.store import StreamStore, UnknownStream
+from sink_vllm.server.streams.stored import StoredStream
 from sink_vllm.server.streams.turn import Turn
 
 SCHEDULE = Schedule(sink_tokens=4, window=92, stride=32)
@@ -88,8 +98,10 @@ class _Handler:
 
 
 class _Service(StreamService):
-    def __init__(self, engine: _Engine, error: Exception | None = None) -> None:
-        store = StreamStore(most_streams=4, most_tokens=1000, idle_seconds=60)
+    def __init__(
+        self, engine: _Engine, error: Exception | None = None, archive: Archive | None = None
+    ) -> None:
+        store = StreamStore(most_streams=4, most_tokens=1000, idle_seconds=60, archive=archive)
         handler, rendering = cast(Any, _Handler(engine)), cast(Any, _Rendering(error))
         super().__init__(store, handler, rendering, SCHEDULE.capacity)
 
@@ -370,5 +382,87 @@ def test_a_stream_that_is_gone() -> None:
         service.store.remove(stream.id)
         with pytest.raises(UnknownStream):
             await service.append(stream.id, _request())
+
+    _run(test)
+
+
+def test_a_lost_answer_is_answered_again() -> None:
+    """The same key and the same body: what was generated then, and nothing is appended twice."""
+
+    async def test() -> None:
+        service = _Service(_Engine(None, None, "stop"))
+        stream, request = service.stream(), _request(return_token_ids=True)
+        assert service.answered(stream.id, request, "k") is None
+        turn = await service.append(stream.id, request, None, "k")
+        texts = [text async for text, _ in turn.deltas()]
+        first = await turn.finish("".join(texts))
+        await turn.close()
+
+        again = service.answered(stream.id, request, "k")
+
+        assert again == first.model_copy(update={"stream": again and again.stream})
+        assert again.text == "0 1 2 "
+        assert stream.turns == 1
+        assert service.answered(stream.id, request, None) is None
+        assert service.answered(stream.id, request, "other") is None
+        with pytest.raises(VLLMValidationError, match="another append"):
+            service.answered(stream.id, Append(text="abcd", generate=Generate()), "k")
+
+    _run(test)
+
+
+def test_a_turn_left_early_is_answered_again_with_what_was_read() -> None:
+    async def test() -> None:
+        service = _Service(_Engine(None, None, None))
+        stream, request, events = service.stream(), _request(stream=True), list[str]()
+        turn = await service.append(stream.id, request, None, "k")
+        await _respond(turn, request, events, after=2)
+
+        again = service.answered(stream.id, request, "k")
+
+        assert again is not None
+        assert again.finish_reason is None
+        assert again.usage.generated_tokens == stream.position - 2 - len(NEW)
+        assert again.text is not None
+        assert len(again.text.split()) == again.usage.generated_tokens
+
+    _run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_turn_is_written_before_its_answer_ends(tmp_path: Path, stream: bool, full: bool) -> None:
+    """On a full disk the answer is an error, and the stream as it was, here and there."""
+
+    async def test() -> None:
+        archive = Archive(str(tmp_path / "streams.db"), {})
+        service = _Service(_Engine(None, "stop"), archive=archive)
+        stored, events = service.stream(), list[str]()
+        service.store.save(stored).result()
+        if full:
+            limit = "PRAGMA max_page_count=1"
+            archive._thread.submit(lambda: archive._db.execute(limit).fetchall()).result()
+            stored.options["pad"] = "x" * 20_000  # more than its pages have room for
+        request = _request(stream=stream)
+        turn = await service.append(stored.id, request)
+        stored.options = {"pad": "x" * 20_000} if full else {}
+        if stream:
+            await _respond(turn, request, events)
+            answer = _parsed(events)[-1]
+            assert ("error" in answer) == full
+        else:
+            texts = [text async for text, _ in turn.deltas()]
+            if full:
+                with pytest.raises(RetryableRequestError, match="cannot be written"):
+                    await turn.finish("".join(texts))
+            else:
+                await turn.finish("".join(texts))
+            await turn.close()
+
+        ((row, _),), _ = archive.load(time.time())
+        assert row.turns == stored.turns == (0 if full else 1)
+        assert list(row.tokens) == list(stored.tokens) == [7, 8] + ([] if full else [*NEW, 0, 1])
+        assert not stored.busy
+        archive.close()
 
     _run(test)
