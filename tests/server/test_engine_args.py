@@ -37,6 +37,12 @@ from sink_vllm.server import engine_args as ours
 from sink_vllm.server.block_size import settled_block_size
 from tests.support.fp8 import HAS_KERNELS
 
+OF_THIS_CPU: dict[str, Any] = {
+    "cpu_has_fp8_kernels": HAS_KERNELS,
+    "cpu_has_bf16_convolutions": torch.cpu._is_avx512_bf16_supported(),
+    "prefix_caching": True,  # vLLM's default
+}
+
 TRAINED = 512
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -557,7 +563,7 @@ def test_rope_scalings_that_are_accepted(tmp_path: Path, rope: dict[str, Any]) -
     assert facts == Facts(
         rope_types=facts.rope_types,
         kv_cache_dtype=facts.kv_cache_dtype,
-        cpu_has_fp8_kernels=HAS_KERNELS,
+        **OF_THIS_CPU,
     )
 
 
@@ -568,7 +574,8 @@ def test_guard_create_engine_config_is_what_we_rely_on() -> None:
     assert list(inspect.signature(original).parameters) == ["self", "usage_context", "headless"]
     source = inspect.getsource(original)
     assert "self.create_model_config()" in source
-    for setting in ("block_size", "scheduler_cls", "worker_cls", "additional_config"):
+    settings = ("block_size", "scheduler_cls", "worker_cls", "additional_config")
+    for setting in (*settings, "enable_prefix_caching"):
         assert f"{setting}=self.{setting}" in source
     assert "max_model_len=self.max_model_len" in inspect.getsource(EngineArgs.create_model_config)
     assert vars(AsyncEngineArgs).get("create_engine_config") is None
@@ -579,6 +586,4 @@ def test_guard_facts_read_settings_that_exist(model: str) -> None:
     config = build(model, {})
 
     assert set(model_facts(config.model_config)) < set(Facts.__dataclass_fields__)
-    assert facts_of(config) == Facts(
-        kv_cache_dtype=config.cache_config.cache_dtype, cpu_has_fp8_kernels=HAS_KERNELS
-    )
+    assert facts_of(config) == Facts(kv_cache_dtype=config.cache_config.cache_dtype, **OF_THIS_CPU)
