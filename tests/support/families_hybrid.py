@@ -77,6 +77,7 @@ HYBRIDS = (
     ),
     Family(
         name="LFM2",
+        distinct=60,  # its first stream has 65
         model="Lfm2",
         special="short convolutions",
         recurrent=True,
