@@ -27,6 +27,7 @@ OF_OTHER_LIBRARIES = {
     "_collector_to_names": "prometheus_client",
     "_names_to_collectors": "prometheus_client",
     "_is_amx_tile_supported": "torch",
+    "_is_avx512_bf16_supported": "torch",
     "_is_avx512_supported": "torch",
 }
 PYTHONS = {"__init__", "__post_init__", "__call__"}

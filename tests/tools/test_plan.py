@@ -8,13 +8,13 @@ from vllm.engine.arg_utils import EngineArgs
 from sink_vllm.engine.sizing import Sizing
 from sink_vllm.tools.main import main
 from sink_vllm.tools.planning import Plan, engine_args, plan
-from tests.support.engine import Policy, running_engine
+from tests.support.engine import running_engine
 from tests.support.families import FAMILIES
 from tests.support.family import Family, config_of, write_family
 
 GIB = 2**30
-POLICY = Policy(S=4, W=60, g=32)
-NAMES = ("Llama 3.1", "Gemma 3", "Mixtral", "DeepSeek-V3", "Qwen3", "Command R7B")
+QUICK = ("Llama 3.1", "Falcon-H1")
+SLOW = ("Gemma 3", "Mixtral", "DeepSeek-V3", "Qwen3", "Command R7B", "Granite 4 H")
 
 
 def family(name: str) -> Family:
@@ -24,7 +24,7 @@ def family(name: str) -> Family:
 @pytest.mark.engine
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if i > 1 else ()) for i, name in enumerate(NAMES)],
+    [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
 )
 def test_plan_equals_the_start_up_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -38,14 +38,13 @@ def test_plan_equals_the_start_up_line(
     planned = plan(
         EngineArgs(
             str(folder),
-            dtype="float32",
             enforce_eager=True,
-            additional_config=POLICY.additional_config(),
+            additional_config=row.policy.additional_config(),
             **args,
         ),
         kv_bytes=GIB,
     )
-    with running_engine(folder, POLICY, guarded=False, **args) as engine:
+    with running_engine(folder, row.policy, guarded=False, **args) as engine:
         scheduler = engine.scheduler
         real = Sizing.of(scheduler.recycler.tables, scheduler.kv_cache_config)
 
