@@ -217,7 +217,7 @@ def running_engine(
 
     Args:
         guarded: poison free pages and check the page accounts after every step.
-        compiles: vLLM's code of the model imports numba.
+        compiles: vLLM's code of the model imports numba; it may have been imported before.
         engine_args: for ``vllm.LLM``; the defaults are a small pool and float32.
     """
     defaults: dict[str, Any] = {
@@ -238,7 +238,7 @@ def running_engine(
             # vLLM collects garbage ten times while it starts: seconds in a process with so many
             # modules. What there is goes in the collection at the end.
             starting.setattr(gc, "collect", lambda *_: 0)
-            if compiles:
+            if compiles or "numba" in sys.modules:
                 _hide_llvmlite(starting)
             engine = Engine(LLM(str(model), **(defaults | engine_args)))
         if guarded:

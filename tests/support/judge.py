@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
@@ -47,10 +46,11 @@ def judge_rounded(
 ) -> Verdict:
     """The same for an engine of fewer bits than the oracle: evictions must not add to rounding.
 
-    What rounding does is measured where nothing has been evicted yet. Its largest value there, of
-    some hundred tokens, may be exceeded by a half among many more. The middle depends on the text:
-    of a hundred tokens it was 0.014 to 0.029 (Qwen3.5, 500 tokens) without any eviction, and 0.014
-    to 0.031 with up to nine.
+    What rounding does is measured where nothing has been evicted yet, in some hundred tokens, by
+    its median and its 90th percentile, which depend on the text: the median of a hundred tokens of
+    Qwen3.5 was 0.014 to 0.029 without any eviction. The largest is a matter of chance: there are
+    ten times as many tokens afterwards. Twice as much is not let through: without the four sinks,
+    or with eight, it would be 2.1 to 3.8 times (Qwen3.5, Qwen3-Next).
     """
     expected = _expected(oracle, policy, prompts, generated)
     before: list[float] = []
@@ -62,8 +62,10 @@ def judge_rounded(
         before += differences[:first]
         after += differences[first:]
     assert len(before) >= 50
-    assert max(after) <= 1.5 * max(before), f"{max(after)} after evictions, {max(before)} before"
-    assert median(after) <= 2.5 * median(before), (median(after), median(before))
+    for share in (0.5, 0.9):
+        once, later = _quantile(before, share), _quantile(after, share)
+        print(f"{share:.0%} of differences below {once:.1e} before evictions, {later:.1e} after")
+        assert later <= 2 * once, (share, later, once)
     return Verdict(
         max_difference=max(after),
         ties=[],
@@ -72,6 +74,10 @@ def judge_rounded(
         least_reanchorings=min(result.reanchorings for result in generated),
         before_evictions=max(before),
     )
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
 
 
 def judge(
