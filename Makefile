@@ -47,7 +47,7 @@ test-fast: $(STAMP) ## the tests that start no engine, in minutes
 
 # What stands on a seam of vLLM: the whole suite runs on one line, this on every other (VLLM=0.33).
 SEAMS = tests/compat tests/gate tests/policy tests/server tests/engine/test_liveness.py tests/engine/test_manager.py \
-	$(addprefix tests/end_to_end/test_,$(addsuffix .py,exactness async_scheduling below_capacity conversations sessions server)) \
+	$(addprefix tests/end_to_end/test_,$(addsuffix .py,exactness async_scheduling below_capacity conversations parked recurrent sessions server)) \
 	$(addprefix tests/worker/test_,$(addsuffix .py,page_moves self_test state_positions v2_runner))
 
 test-seams: $(STAMP) ## the tests of all that touches vLLM: what another line has to pass (VLLM=0.33)
