@@ -165,9 +165,10 @@ def notes_of(model_config: "ModelConfig", capacity: int) -> list[str]:
     notes = [] if long_rope is None else [long_rope.note(capacity)]
     if temperature is not None:
         notes.append(temperature.note())
+    if notes:  # which say how long it may be
+        return notes
     bound = own_bound_of(model_config)
-    # The other notes say how long it may be.
-    if not notes and capacity <= bound.default == DEFAULT_CAPACITY < bound.most:
+    if capacity <= bound.default == DEFAULT_CAPACITY < bound.most:
         notes.append(
             f"this model takes a capacity of up to {bound.most} tokens, the default is "
             f"{DEFAULT_CAPACITY}; --max-model-len makes it longer, and streams larger"

@@ -15,7 +15,7 @@ from sink_vllm.policy.options import (
     PromptMode,
     SinkOptions,
 )
-from sink_vllm.policy.schedule import Schedule
+from sink_vllm.policy.schedule import Schedule, cdiv
 
 _STRIDE_SHARE = 16  # default stride: a sixteenth of the capacity, in whole blocks, ...
 _STRIDE_CAP = 256  # ... but not more: a longer stride saves nothing measurable
@@ -130,7 +130,7 @@ class SinkConfig:
             raise ValueError(
                 f"--sink-stride={options.sink_stride} is not a multiple of the {block_size} tokens "
                 f"of a KV block, which vLLM chose for the attention of this model; use "
-                f"--sink-stride {-(-options.sink_stride // block_size) * block_size}, or another "
+                f"--sink-stride {cdiv(options.sink_stride, block_size) * block_size}, or another "
                 f"--attention-backend."
             )
         return cls(

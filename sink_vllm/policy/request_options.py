@@ -18,7 +18,7 @@ from typing import Any
 
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import PIN_MODES, POLICIES, POLICY_KEY, flag
-from sink_vllm.policy.schedule import Schedule, pages_per_stream
+from sink_vllm.policy.schedule import Schedule, cdiv, pages_per_stream
 
 TOKENS_KEY = "sink_tokens"
 WINDOW_KEY = "sink_window"
@@ -225,7 +225,7 @@ def check_pages(schedule: Schedule, block_size: int, pool_pages: int) -> None:
     """
     pages = pages_per_stream(schedule, block_size)
     if pages > pool_pages:
-        fitting = (pool_pages - -(-schedule.capacity // block_size)) * block_size
+        fitting = (pool_pages - cdiv(schedule.capacity, block_size)) * block_size
         raise ValueError(
             f"sink_tokens={schedule.sink_tokens} makes a stream of {pages} KV cache pages "
             f"(capacity {schedule.capacity} tokens and a second copy of the sink tokens, "

@@ -10,6 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from sink_vllm.engine.sizing import Sizing
 from sink_vllm.gate.lengths import own_bound_of
+from sink_vllm.policy.schedule import cdiv
 from sink_vllm.tools.specs import outline_of, sizing_of
 
 _GIB = 2**30
@@ -83,7 +84,7 @@ class Plan:
         assert self.kv_bytes is not None
         assert self.wanted is not None
         sizing = self.sizing
-        sinks = -(-sizing.schedule.sink_tokens // sizing.block_size)
+        sinks = cdiv(sizing.schedule.sink_tokens, sizing.block_size)
         # Exact for one table of pages, and a good guess for more.
         pages = (self.kv_bytes // sizing.page_bytes - 1) // self.wanted
         capacity = (pages - sinks) * sizing.block_size

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sink_vllm.policy.schedule import Schedule
+from sink_vllm.policy.schedule import Schedule, cdiv
 from sink_vllm.server.streams.held import Held
 
 TOKEN_BYTES = 4
@@ -24,7 +24,7 @@ class Waiting(NamedTuple):
     @property
     def size(self) -> int:
         """In tokens of the same memory, whatever its text will be tokenized to."""
-        return -(-len(self.content) // TOKEN_BYTES) + MESSAGE_TOKENS
+        return cdiv(len(self.content), TOKEN_BYTES) + MESSAGE_TOKENS
 
     def message(self) -> dict[str, str]:
         return {"role": self.role, "content": self.content.decode()}
@@ -90,7 +90,7 @@ class StoredStream:
     @property
     def size(self) -> int:
         """Tokens that are held, and what waits to become tokens."""
-        answered = 0 if self.answered is None else -(-len(self.answered.answer) // TOKEN_BYTES)
+        answered = 0 if self.answered is None else cdiv(len(self.answered.answer), TOKEN_BYTES)
         return len(self.tokens) + answered + sum(message.size for message in self.pending)
 
     @property

@@ -45,6 +45,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from sink_vllm.policy.plan import PageMove
+from sink_vllm.policy.schedule import cdiv
 
 
 class Overlay(NamedTuple):
@@ -132,7 +133,7 @@ def in_kernel_pages(moves: Sequence[PageMove], tokens: int, split: int) -> list[
     """The same moves in the backend's pages of ``tokens``, ``split`` of which make a block."""
     parts = []
     for move in moves:
-        for i in range(move.begin // tokens, -(-move.end // tokens)):
+        for i in range(move.begin // tokens, cdiv(move.end, tokens)):
             begin = max(move.begin - i * tokens, 0)
             end = min(move.end - i * tokens, tokens)
             parts.append(
