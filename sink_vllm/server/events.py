@@ -21,7 +21,7 @@ from sink_vllm.policy.report import (
     with_account,
 )
 from sink_vllm.server.lengths import policy_of
-from sink_vllm.server.prompts import Luggage, forget_body
+from sink_vllm.server.prompts import Luggage, forget_body, own_messages
 
 
 class Unkept(str):
@@ -113,17 +113,23 @@ def _chat_keeps_text(handler: Any) -> bool:
     )
 
 
-def _wrap_create(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_create(
+    own: Callable[[Any], Any],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For both handlers: the body is of no use when a streamed response has been made of it."""
 
-    async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
-        response = await original(self, request, raw_request)
-        streamed = isinstance(response, AsyncGenerator)
-        if streamed and raw_request is not None and policy_of(self.model_config) is not None:
-            forget_body(raw_request)
-        return response
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+            if policy_of(self.model_config) is None:
+                return await original(self, request, raw_request)
+            response = await original(self, own(request), raw_request)
+            if isinstance(response, AsyncGenerator) and raw_request is not None:
+                forget_body(raw_request)
+            return response
 
-    return create
+        return create
+
+    return wrap
 
 
 def _wrap_full_completion(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,13 +173,13 @@ PATCHES = (
     Patch(
         target="vllm.entrypoints.openai.completion.serving:"
         "OpenAIServingCompletion.create_completion",
-        wrapper=_wrap_create,
+        wrapper=_wrap_create(lambda request: request),
         record="0007-streamed-responses",
     ),
     Patch(
         target="vllm.entrypoints.openai.chat_completion.serving:"
         "OpenAIServingChat.create_chat_completion",
-        wrapper=_wrap_create,
+        wrapper=_wrap_create(own_messages),
         record="0007-streamed-responses",
     ),
 )

@@ -87,8 +87,9 @@ class OutputsOf(AsyncGenerator[Any, None]):
 class Luggage:
     """What the arguments of a generator of server-sent events hold of its prompts.
 
-    Puts copies into ``arguments`` (by name) which forget the prompts while the generator runs;
-    the handler's own objects stay as they are.
+    Forgets the prompts while the generator runs. Of a completion, copies that it puts into
+    ``arguments`` (by name) do; of a chat, the arguments themselves, since the generator may run
+    inside another that holds the same ones: they must be nobody else's (``own_messages``).
     """
 
     def __init__(self, arguments: dict[str, Any], policy: SinkConfig) -> None:
@@ -105,10 +106,8 @@ class Luggage:
             arguments["engine_inputs"] = self._inputs
             arguments["request"] = request.model_copy(update={"prompt": ""})
         else:  # chats read messages until the first token
-            self._conversation = list(arguments["conversation"])
-            self._messages = request.model_copy()
-            arguments["conversation"] = self._conversation
-            arguments["request"] = self._messages
+            self._conversation = arguments["conversation"]
+            self._messages = request
         self.untold = len(self._inputs) or 1
         """Prompts of which some choice has not told its first token."""
 
@@ -133,6 +132,11 @@ class Luggage:
         else:
             self._conversation.clear()
             self._messages.messages = []
+
+
+def own_messages(request: Any) -> Any:
+    """A copy of a chat's ``request`` whose messages can be forgotten, the caller keeps its own."""
+    return request.model_copy()
 
 
 def forget_input(engine_input: dict[str, Any]) -> None:

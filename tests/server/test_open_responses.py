@@ -24,7 +24,6 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONG = int(os.environ.get("LONG_PROMPT", "100000"))  # tokens
 SHORT = 100  # tokens
 OPEN = 2  # responses at once
-MIB = 2**20
 BEGUN = 20  # events
 
 
@@ -102,11 +101,14 @@ def _bytes_per_open_response(client: Client, case: str, length: int) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_prompt_is_not_kept_while_a_response_is_open(client: Client, case: str) -> None:
-    _bytes_per_open_response(client, case, LONG)  # caches that are filled once
+    # What caches take at one time or another (the tokenizer's know 100,000 tokens by 10 bytes each)
+    # does not come again with the same prompt; what a response keeps does.
+    short, long = (
+        min(_bytes_per_open_response(client, case, length) for _ in range(2))
+        for length in (SHORT, LONG)
+    )
 
-    short, long = (_bytes_per_open_response(client, case, length) for length in (SHORT, LONG))
-
-    assert long - short < MIB * LONG / 1_000_000
+    assert long - short < LONG / 2  # the text alone, of ASCII, is a byte per token
 
 
 def _usages(chunks: list[dict[str, Any]]) -> set[int]:

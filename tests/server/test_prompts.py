@@ -15,7 +15,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from sink_vllm.server.prompts import Luggage, OutputsOf, ToldPrompt, forget_body
+from sink_vllm.server.prompts import Luggage, OutputsOf, ToldPrompt, forget_body, own_messages
 from tests.support.outputs import POLICY
 
 LONG, SHORT = [7] * (POLICY.capacity + 1), [7] * POLICY.capacity
@@ -124,14 +124,17 @@ def test_luggage_of_a_chat(prompt: list[int], left: int) -> None:
     """Parsers of tool calls count those in the messages before the first token."""
     messages: list[Any] = [{"role": "user", "content": "a" * 1000}]
     request = ChatCompletionRequest(model="m", seed=None, messages=messages)
-    arguments: dict[str, Any] = {"request": request, "conversation": messages}
+    outer: dict[str, Any] = {"request": own_messages(request), "conversation": [*messages]}
+    arguments = dict(outer)  # of a generator inside another, as in 0.33
 
     luggage = Luggage(arguments, POLICY)
 
     assert arguments["request"].messages == messages
     luggage.told(0, _output(prompt, 0))
     assert luggage.untold == 0
-    assert len(arguments["request"].messages) == len(arguments["conversation"]) == left
+    for held in (arguments, outer):
+        assert len(held["request"].messages) == len(held["conversation"]) == left
+    # The caller's own are untouched.
     assert len(request.messages) == len(messages) == 1
 
 
