@@ -119,8 +119,17 @@ class Admission:
         return self._needs(self._holders[request_id])
 
     def slack(self) -> int:
-        """Free pages that no holder needs; negative when guests have grown into others' share."""
-        return self._ledger.num_free - sum(map(self._needs, self._holders.values()))
+        """Free pages that no holder needs, those on loan included; negative when guests have grown
+        into others' share."""
+        return self._ledger.num_available - sum(map(self._needs, self._holders.values()))
+
+    def spare(self) -> int:
+        """The part of the slack that nobody has on loan; negative when holders need some of it."""
+        return self.slack() - len(self._ledger.ahead)
+
+    def may_be_short(self, pages: int) -> bool:
+        """Whether less than ``pages`` could be left when every resident holds its share."""
+        return self._ledger.num_free < self._reserved + pages
 
     def _needs(self, holder: _Holder) -> int:
         held = self._ledger.held(holder.request.request_id)

@@ -16,6 +16,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.engine.admission import Admission, Standing, Verdict
+from sink_vllm.engine.ahead import streams_per_step
 from sink_vllm.engine.preempting import PreemptingMixin
 from sink_vllm.engine.prompt_stats import count_prompt
 from sink_vllm.engine.recycler import Recycler
@@ -24,6 +25,7 @@ from sink_vllm.policy.config import SinkConfig
 
 _NO_LENGTH_LIMIT = 2**31 - 1
 """Stands in for ``max_model_len`` where vLLM would end a request that reached it."""
+_COMPUTING = (RequestStatus.RUNNING, RequestStatus.WAITING)
 _MOST_PASSED_OVER = 32
 """Waiting requests per step that others are admitted before, because all shares are taken."""
 
@@ -89,22 +91,50 @@ class AdmittingMixin(PreemptingMixin):
 
     def _make_room(self) -> None:
         """Evict what is full, and let holders give way until all others get what they need."""
-        full = [
-            request
-            for request in itertools.chain(self.running, self.kv_holding_waiting)
-            if request.num_computed_tokens >= self.recycler.streams[request.request_id].capacity
-            and request.status in (RequestStatus.RUNNING, RequestStatus.WAITING)
-            and self.recycler.is_full(request)
-        ]
+        full: list[Request] = []
+        composable: list[Request] = []
+        streams, ahead = self.recycler.streams, self.ledger.ahead
+        for request in itertools.chain(self.running, self.kv_holding_waiting):
+            stream, computed = streams[request.request_id], request.num_computed_tokens
+            if computed < stream.composable_at or request.status not in _COMPUTING:
+                continue
+            if computed < stream.capacity:
+                if (
+                    not ahead.has(request.request_id)
+                    and computed - request.num_in_flight_tokens >= stream.composable_at
+                ):
+                    composable.append(request)
+            elif self.recycler.is_full(request):
+                full.append(request)
         if full:
-            self.ledger.spare = max(self.admission.slack(), 0)
+            self.ledger.spare = max(self.admission.spare(), 0)
         for request in full:
             self._evict(request)
-        if self.admission.num_guests and self.ledger.num_free < self._most_pages_of_a_step:
-            while self.admission.slack() < 0 and (guest := self.admission.newest_guest()):
-                self._give_way(guest)
+        if self.ledger.num_free < self._most_pages_of_a_step:
+            if self.admission.num_guests:
+                while self.admission.slack() < 0 and (guest := self.admission.newest_guest()):
+                    self._give_way(guest)
+            self._call_in_loans()
+        if composable:
+            self._compose_ahead(composable)
         if not self.running and (self.waiting or self.kv_holding_waiting):
             self._make_progress()
+
+    def _compose_ahead(self, composable: list[Request]) -> None:
+        """Let some streams compose what their next evictions need, from pages nobody needs."""
+        tables, schedule = self.recycler.tables, self.recycler.config.schedule
+        most = streams_per_step(len(self.running), schedule)
+        reserve = self._most_pages_of_a_step + most * len(tables.full)
+        if self.admission.may_be_short(reserve):
+            most = min(most, max(self.admission.spare(), 0) // len(tables.full))
+        for request in composable[:most]:
+            if self.admission.standing(request.request_id) is not Standing.WAITING:
+                self.recycler.compose_ahead(request)
+
+    def _call_in_loans(self) -> None:
+        """Holders need pages that heads have been composed in: these go back to the pool."""
+        if self.ledger.ahead and self.admission.spare() < 0:
+            self.recycler.give_back_ahead()
 
     @property
     def _most_pages_of_a_step(self) -> int:
@@ -118,8 +148,12 @@ class AdmittingMixin(PreemptingMixin):
         """Make room in a full stream, at the cost of guests when pages are short."""
         while self.admission.standing(request.request_id) is not Standing.WAITING:
             verdict = self.admission.promote(request)
-            if verdict is Verdict.ADMITTED and self.recycler.evict(request):
-                return
+            if verdict is Verdict.ADMITTED:
+                if self.recycler.evict(request):
+                    return
+                if self.ledger.ahead:
+                    self.recycler.give_back_ahead()
+                    continue
             self._give_way(self.admission.who_gives_way(request, verdict))
 
     def get_num_unfinished_requests(self) -> int:
@@ -245,6 +279,7 @@ class AdmittingMixin(PreemptingMixin):
     def _admit(self, request: Request, cached_in_use: int = 0) -> bool:
         stream = self.recycler.streams[request.request_id]
         if self.admission.admit(request, stream, cached_in_use):
+            self._call_in_loans()
             self._found[request.request_id] = None
             return True
         self._short_of_pages = self._queue_stands = True
@@ -285,7 +320,7 @@ class AdmittingMixin(PreemptingMixin):
                 return 0
             found = self._found[request_id]
             if found is not None:
-                self.ledger.spare = max(self.admission.slack(), 0)
+                self.ledger.spare = max(self.admission.spare(), 0)
                 self.recycler.resume(request, found)
         waits = request.status != RequestStatus.RUNNING
         if waits and num_new_tokens > request.num_tokens - num_computed_tokens == 1:
@@ -320,6 +355,6 @@ class AdmittingMixin(PreemptingMixin):
     def _fit_windows(self, request: Request, computed: int, num_new_tokens: int) -> int:
         """The longest chunk whose pages are its own or nobody's."""
         held = self.ledger.held(request.request_id) - self.ledger.num_pinned(request.request_id)
-        allowed = held + self.admission.needs(request.request_id) + max(self.admission.slack(), 0)
+        allowed = held + self.admission.needs(request.request_id) + max(self.admission.spare(), 0)
         in_flight = request.num_in_flight_tokens
         return self.recycler.tables.longest_chunk(computed, in_flight, num_new_tokens, allowed)

@@ -5,6 +5,7 @@
     block table of a request  ``manager.req_to_blocks``  evicted, finished, preempted
     pinned sink pages         ``pin`` … ``unpin``        the request is finished or preempted
     source of a page move     ``retain`` … ``release``   the step that runs the move is planned
+    next eviction of a stream ``ahead``                  it evicts, or somebody needs the page
 
 The block pool counts references; the ledger knows whose they are, and :meth:`check_integrity`
 compares the two. ``DroppedPages`` and ``CopiedPages`` own nothing: they are notes on free pages.
@@ -18,6 +19,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
+from sink_vllm.engine.ahead import ComposedAhead
 from sink_vllm.engine.dropped import CopiedPages, DroppedPages
 from sink_vllm.policy.plan import PageMove
 
@@ -32,6 +34,7 @@ class PageLedger:
     def __init__(self, block_pool: BlockPool) -> None:
         self.pool = block_pool
         self.dropped = DroppedPages(block_pool)
+        self.ahead = ComposedAhead(block_pool)
         self.copied: dict[int, CopiedPages] = {}
         """Per KV cache group."""
         self.spare = 0
@@ -60,6 +63,11 @@ class PageLedger:
     @property
     def num_free(self) -> int:
         return self.pool.get_num_free_blocks()
+
+    @property
+    def num_available(self) -> int:
+        """Free pages, and those on loan that would be if somebody needed them."""
+        return self.num_free + len(self.ahead)
 
     # -- sink pages -------------------------------------------------------------------------
 
@@ -196,7 +204,7 @@ class PageLedger:
 
     def owners(self) -> Counter[int]:
         """References to every page, as the ledger knows them."""
-        owned: list[Iterable[KVCacheBlock]] = [self._retained]
+        owned: list[Iterable[KVCacheBlock]] = [self._retained, self.ahead.pages]
         for tables in (*self._tables.values(), *self._sinks.values()):
             owned += tables.values()
         return Counter(block.block_id for blocks in owned for block in blocks if not block.is_null)

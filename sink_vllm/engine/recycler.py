@@ -9,6 +9,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
+from sink_vllm.engine.ahead import composable_at
 from sink_vllm.engine.hashing import PageHasher
 from sink_vllm.engine.parked import anchor_position, anchors_of, least_pages, take_parked
 from sink_vllm.engine.stream import (
@@ -61,6 +62,7 @@ class Recycler:
         """
         schedule = self._schedule_of(request)
         stream = Stream(schedule, take_parked(request))
+        stream.composable_at = composable_at(schedule, self.tables.block_size)
         length = request.num_prompt_tokens
         tokens: array[int] | None = None
         if length > schedule.capacity or stream.missing:
@@ -209,17 +211,11 @@ class Recycler:
     def evict(self, request: Request) -> bool:
         """Drop ``g`` tokens of a full stream; False, and nothing changed, when pages are short."""
         stream = self.streams[request.request_id]
-        evictions = stream.chain_evictions + 1
-        anchors = self.tables.anchors
-        reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
-        moves = self.tables.evict(
-            request.request_id,
-            stream.schedule,
-            window_delta=-anchors.span if reanchor else 0,
-            sink_delta=anchors.offset(evictions),
-        )
+        window_delta, sink_delta = self._next_deltas(stream)
+        moves = self.tables.evict(request.request_id, stream.schedule, window_delta, sink_delta)
         if moves is None:
             return False
+        reanchor = bool(window_delta)
         self.tables.ledger.plan(request.request_id, moves)
         compact(request, stream)
         self.to_refresh.add(request.request_id)
@@ -229,6 +225,27 @@ class Recycler:
         self.account.stats.reanchorings += reanchor
         self._count(request, stream, 1)
         return True
+
+    def _next_deltas(self, stream: Stream) -> tuple[int, int]:
+        """Rope positions by which the next eviction rotates the window and the pristine sinks."""
+        evictions, anchors = stream.chain_evictions + 1, self.tables.anchors
+        reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
+        return -anchors.span if reanchor else 0, anchors.offset(evictions)
+
+    def compose_ahead(self, request: Request) -> None:
+        """Compose the next head page of a stream with ``composable_at`` cached tokens, from free
+        pages."""
+        stream = self.streams[request.request_id]
+        deltas = self._next_deltas(stream)
+        moves = self.tables.compose_ahead(request.request_id, stream.schedule, *deltas)
+        self.tables.ledger.plan(request.request_id, moves)
+
+    def give_back_ahead(self) -> None:
+        """Somebody needs pages: all that were composed ahead go back to the pool."""
+        ledger = self.tables.ledger
+        for request_id in ledger.ahead.streams:
+            ledger.cancel(request_id)  # planned in this step, it would write into somebody's page
+            ledger.ahead.give_back(request_id)
 
     def _evict_hashes(self, request: Request, stream: Stream) -> None:
         assert self.hasher is not None

@@ -123,9 +123,11 @@ class Stream:
     resumed_from: ResumedFrom | None = None
     capacity: int = field(init=False)
     """Of the schedule; read several times per step and stream."""
+    composable_at: int = field(init=False)
+    """Cached tokens from which on its next head page may be composed; at most the capacity."""
 
     def __post_init__(self) -> None:
-        self.capacity = self.schedule.capacity
+        self.capacity = self.composable_at = self.schedule.capacity
         self.restart()
 
     def restart(self) -> None:

@@ -157,6 +157,17 @@ class PageTables:
             moves += window.compose(request_id, window_delta, sum(windows[index + 1 :]))
         return moves
 
+    def compose_ahead(
+        self, request_id: str, schedule: Schedule, window_delta: int, sink_delta: int
+    ) -> list[PageMove]:
+        """Compose what the next eviction needs, see ``StreamingLLMManager.compose_ahead``; it
+        takes ``len(full)`` free pages."""
+        return [
+            move
+            for full in self.full
+            for move in full.compose_ahead(request_id, schedule, window_delta, sink_delta)
+        ]
+
     # -- resuming from the prefix cache -----------------------------------------------------
 
     def has_sinks(self, schedule: Schedule, hashes: Sequence[BlockHash]) -> bool:

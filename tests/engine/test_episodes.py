@@ -37,6 +37,8 @@ REACH = {
     "recurrent": 0.1,
     "drafts accepted": 1,
     "evictions with drafts": 0.3,
+    "evictions composed ahead": 0.2,
+    "heads given back": 0.003,
 }
 """What must have happened, per episode."""
 

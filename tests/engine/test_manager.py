@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 
 from sink_vllm.compat.spec import StreamingLLMSpec
 from sink_vllm.engine import stream
+from sink_vllm.engine.ahead import composable_at
 from sink_vllm.engine.ledger import IntegrityError
 from sink_vllm.engine.managers.streaming import StreamingLLMManager
 from sink_vllm.engine.recycler import Recycler
@@ -118,6 +119,9 @@ class Pool:
 class Run:
     """One stream driven step by step, as the scheduler does it."""
 
+    ahead = 0
+    """Evictions whose head page had been composed before."""
+
     def __init__(self, pool: Pool, rid: str, tokens: list[int], hits: bool = False) -> None:
         self.pool = pool
         self.rid = rid
@@ -168,6 +172,7 @@ class Run:
     def evict(self) -> bool:
         pool = self.pool
         pool.ledger.spare = pool.spare
+        self.ahead += pool.ledger.ahead.has(self.rid)
         if not pool.recycler.evict(self.request):
             return False
         pool.evictions, pool.reanchorings = (
@@ -176,6 +181,15 @@ class Run:
         )
         self.settle()
         return True
+
+    def compose_ahead(self, after: int) -> None:
+        """Compose the next head page when ``after`` tokens more than necessary are cached."""
+        request, ahead = self.request, self.pool.ledger.ahead
+        at = min(self.stream.composable_at + after, self.stream.capacity - 1)
+        if self.stream.composable_at <= at <= request.num_computed_tokens < self.stream.capacity:
+            if not ahead.has(self.rid) and self.pool.num_free:
+                self.pool.recycler.compose_ahead(request)
+                self.settle()
 
     def step(self) -> bool:
         """Compute one token, evicting first if the cache is full; False without pages."""
@@ -238,6 +252,46 @@ def test_cache_content_follows_the_schedule(
     assert pool.num_free + held == pages
     run.end()
     assert pool.num_free == pages
+    pool.ledger.check_idle()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("sinks", "window", "stride"), GRID)
+def test_heads_composed_ahead_are_what_evictions_compose(
+    sinks: int, window: int, stride: int, caching: bool
+) -> None:
+    """At once, late, and taken back now and then, with one page more than a stream needs."""
+    schedule = Schedule(sink_tokens=sinks, window=window, stride=stride)
+    pages = pages_per_stream(schedule, BLOCK) + 1
+    pool = Pool(schedule, pages + 1, caching, rows=schedule.capacity + 3 * stride)
+    run = Run(pool, "a", list(range(5)))
+    for step in range(schedule.capacity + 20 * stride):
+        run.compose_ahead(after=step // 7 % 5)
+        if step % 17 == 0:
+            pool.recycler.give_back_ahead()
+        assert run.step()
+        run.check()
+        pool.check_hashed_pages()
+    assert pool.evictions == 20
+    assert pool.reanchorings >= 4
+    if 0 < sinks <= BLOCK and composable_at(schedule, BLOCK) < schedule.capacity:
+        assert run.ahead >= 3
+    else:
+        assert not run.ahead
+    run.end()
+    assert pool.num_free == pages
+    pool.ledger.check_idle()
+
+
+def test_a_stream_that_ends_gives_back_what_it_composed_ahead() -> None:
+    schedule = Schedule(sink_tokens=3, window=13, stride=8)
+    pool = Pool(schedule, 20)
+    run = Run(pool, "a", list(range(5)))
+    while not pool.ledger.ahead:
+        run.compose_ahead(after=0)
+        assert run.step()
+    assert run.request.num_computed_tokens <= schedule.capacity
+    run.end()
     pool.ledger.check_idle()
 
 

@@ -90,14 +90,25 @@ class Watch:
         evict = self.core.scheduler.recycler.evict
 
         def counted_evict(request: Request) -> bool:
-            pending = bool(request.spec_token_ids)
+            pending = bool(settings.drafts and request.spec_token_ids)
+            is_composed = self.core.scheduler.ledger.ahead.has(request.request_id)
             evicted: bool = evict(request)
             self.reach["evictions with drafts"] += evicted and pending
+            self.reach["evictions composed ahead"] += evicted and is_composed
             return evicted
 
         watch_preemptions(self.core.scheduler, before=lambda _: self.reach.update(("preemptions",)))
-        if settings.drafts:
-            self.core.scheduler.recycler.evict = counted_evict
+        self.core.scheduler.recycler.evict = counted_evict
+        self._count_ahead(self.core.scheduler.recycler)
+
+    def _count_ahead(self, recycler: Any) -> None:
+        give_back = recycler.give_back_ahead
+
+        def counted() -> None:
+            self.reach["heads given back"] += len(self.core.scheduler.ledger.ahead)
+            give_back()
+
+        recycler.give_back_ahead = counted
 
     def send(
         self,

@@ -79,6 +79,8 @@ class StreamingLLMManager(FullAttentionManager):
         kept = self.req_to_blocks[request_id][pages.sink_full + pages.dropped :]
         changed = kept if window_delta else kept[: pages.num_border]
         new_heads = pages.sink_full if self._is_first(request_id) else 0
+        if self.ledger.ahead.has(request_id):  # the one head page is there
+            changed, new_heads = changed[pages.num_border :], 0
         return new_heads + sum(map(self.ledger.is_shared, changed))
 
     def pages_given_back(self, request_id: str, schedule: Schedule) -> int:
@@ -129,12 +131,15 @@ class StreamingLLMManager(FullAttentionManager):
         """
         group, size, table = self.kv_cache_group_id, self.block_size, self.req_to_blocks[request_id]
         pages = EvictionPages.of(schedule, size)
+        head = self.ledger.ahead.use(group, request_id)
+        if head is not None:
+            self._put_head(request_id, head, pages)
         for index in range(pages.sink_full):
             if table[index].is_null:  # the first eviction
                 (table[index],) = self.block_pool.get_new_blocks(1)
         moves: list[PageMove] = []
-        begin = pages.sink_full
-        end = len(table) if window_delta else begin + pages.num_border
+        begin = pages.sink_full + (pages.num_border if head is not None else 0)
+        end = len(table) if window_delta else pages.sink_full + pages.num_border
         mandatory = sum(map(self.ledger.is_shared, table[begin:end])) + reserved
         for index in range(begin, end):
             block = table[index]
@@ -142,13 +147,50 @@ class StreamingLLMManager(FullAttentionManager):
             target = self.ledger.rewritten(block, mandatory)
             if target is not block:
                 table[index] = target
-                self._copied.add(request_id, block, (index - begin) // pages.dropped + 1)
+                self._copied.add(request_id, block, (index - pages.sink_full) // pages.dropped + 1)
             if target is not block or window_delta:
-                first = pages.border_sinks if index == begin else 0
+                first = pages.border_sinks if index == pages.sink_full else 0
                 moves.append(
                     PageMove(block.block_id, target.block_id, first, size, window_delta, group)
                 )
+        if head is not None:
+            return moves
         return moves + self._sink_moves(request_id, schedule, sink_delta)
+
+    def compose_ahead(
+        self, request_id: str, schedule: Schedule, window_delta: int, sink_delta: int
+    ) -> list[PageMove]:
+        """Compose the head page that the next eviction puts into the table, in a free page.
+
+        Args:
+            request_id: a request with one page of sinks, whose page behind them after the next
+                eviction is complete.
+            schedule: of this request.
+            window_delta: of the next eviction, as ``compose`` will get it,
+            sink_delta: and this.
+        """
+        group, size, table = self.kv_cache_group_id, self.block_size, self.req_to_blocks[request_id]
+        pages = EvictionPages.of(schedule, size)
+        head = self.ledger.ahead.take(group, request_id)
+        (sinks,) = self.ledger.pinned(group, request_id) or table[:1]
+        last = min(size, schedule.sink_tokens)
+        moves = [PageMove(sinks.block_id, head.block_id, 0, last, sink_delta, group)]
+        if pages.border is not None:
+            border = table[pages.border]
+            moves.append(
+                PageMove(border.block_id, head.block_id, last, size, window_delta, group)
+            )
+        return moves
+
+    def _put_head(self, request_id: str, head: KVCacheBlock, pages: EvictionPages) -> None:
+        """Exchange the first entry of the table for a page that was composed ahead."""
+        table = self.req_to_blocks[request_id]
+        before, table[0] = table[0], head
+        if before.is_null:
+            return
+        if pages.num_border:
+            self._copied.add(request_id, before, 1)
+        self.ledger.retain(before)
 
     def _is_first(self, request_id: str) -> bool:
         """Whether the request has not evicted yet."""
@@ -289,5 +331,6 @@ class StreamingLLMManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The pages of a request that ends or is preempted: sink pages first, then the table."""
         self._copied.forget(request_id)
+        self.ledger.ahead.give_back(request_id)
         sinks = self.ledger.unpin(self.kv_cache_group_id, request_id)
         return [*sinks, *super().pop_blocks_for_free(request_id)]
