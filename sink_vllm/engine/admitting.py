@@ -16,16 +16,19 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.engine.admission import Admission, Standing, Verdict
-from sink_vllm.engine.ahead import streams_per_step
+from sink_vllm.engine.ahead import pages_per_step
 from sink_vllm.engine.preempting import PreemptingMixin
 from sink_vllm.engine.prompt_stats import count_prompt
 from sink_vllm.engine.recycler import Recycler
 from sink_vllm.engine.tables import FoundPages, PageTables
 from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.schedule import cdiv
 
 _NO_LENGTH_LIMIT = 2**31 - 1
 """Stands in for ``max_model_len`` where vLLM would end a request that reached it."""
 _COMPUTING = (RequestStatus.RUNNING, RequestStatus.WAITING)
+_STEPS_WITHOUT_LOANS = 8
+"""After a step in which nothing could be composed ahead, because all free pages are promised."""
 _MOST_PASSED_OVER = 32
 """Waiting requests per step that others are admitted before, because all shares are taken."""
 
@@ -71,6 +74,7 @@ class AdmittingMixin(PreemptingMixin):
         """Adapters of the running requests, when there were so many."""
         self._parked = set()
         self._most_drafts = self.num_spec_tokens
+        self._steps_without_loans = 0
 
     # -- pages change hands -----------------------------------------------------------------
 
@@ -100,7 +104,7 @@ class AdmittingMixin(PreemptingMixin):
                 continue
             if computed < stream.capacity:
                 if (
-                    not ahead.has(request.request_id)
+                    request.request_id not in ahead.done
                     and computed - request.num_in_flight_tokens >= stream.composable_at
                 ):
                     composable.append(request)
@@ -121,15 +125,26 @@ class AdmittingMixin(PreemptingMixin):
             self._make_progress()
 
     def _compose_ahead(self, composable: list[Request]) -> None:
-        """Let some streams compose what their next evictions need, from pages nobody needs."""
-        tables, schedule = self.recycler.tables, self.recycler.config.schedule
-        most = streams_per_step(len(self.running), schedule)
-        reserve = self._most_pages_of_a_step + most * len(tables.full)
-        if self.admission.may_be_short(reserve):
-            most = min(most, max(self.admission.spare(), 0) // len(tables.full))
-        for request in composable[:most]:
+        """Let some streams compose what their next evictions need, in pages nobody needs."""
+        if self._steps_without_loans:
+            self._steps_without_loans -= 1
+            return
+        config, groups = self.recycler.config, len(self.recycler.tables.full)
+        rotating = [request for request in composable if self.recycler.reanchors_next(request)]
+        most = pages_per_step(len(self.running), groups, config.schedule)
+        if rotating:
+            window = groups * cdiv(config.capacity, self.recycler.tables.block_size)
+            most += pages_per_step(len(rotating), window, config.schedule)
+        if self.admission.may_be_short(self._most_pages_of_a_step + most):
+            most = min(most, self.admission.spare())
+            if most <= 0:
+                self._steps_without_loans = _STEPS_WITHOUT_LOANS
+        # Heads first: without its own a stream has to compose it when it evicts.
+        for request in sorted(composable, key=self.recycler.reanchors_next):
+            if most <= 0:
+                return
             if self.admission.standing(request.request_id) is not Standing.WAITING:
-                self.recycler.compose_ahead(request)
+                most -= self.recycler.compose_ahead(request, most)
 
     def _call_in_loans(self) -> None:
         """Holders need pages that heads have been composed in: these go back to the pool."""

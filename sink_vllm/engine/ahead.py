@@ -1,22 +1,27 @@
-"""Head pages that are composed before the eviction that puts them into a table (engine core).
+"""Pages that are composed before the eviction that puts them into a table (engine core process).
 
 What an eviction makes of the sinks is known long before: its rotation is a function of how many
 evictions there were, and the page that follows the sinks then is complete. So the page is composed
-a few streams per step, into a page of the pool that nobody needs, and the eviction itself only
-exchanges an entry of the table::
+a few per step, in a page of the pool that nobody needs, and the eviction itself only exchanges an
+entry of the table. Before an eviction that re-anchors, so are all pages that are complete::
 
     table    [P0: s s s s 4..15][P1: 16..31][P2: 32..47][P3 ......
     ahead                                   [H0: s s s s 36..47]      composed from P0 and P2
     evicted  [H0: s s s s 36..47][P3 ......                           P0 is pinned, P1, P2 dropped
 
 A page composed ahead is on loan: it counts as free in admission, and goes back to the pool, its
-work lost, as soon as the pages are needed. Then the eviction composes its head page itself.
+work lost, as soon as the pages are needed. Then the eviction does what it would have done.
 """
+
+from collections.abc import Iterator
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from sink_vllm.policy.schedule import EvictionPages, Schedule, cdiv
+
+Place = tuple[int, int]
+"""KV cache group, and entry of the table as it is before the eviction."""
 
 
 class ComposedAhead:
@@ -24,8 +29,10 @@ class ComposedAhead:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._pages: dict[str, dict[int, KVCacheBlock]] = {}
+        self._pages: dict[str, dict[Place, KVCacheBlock]] = {}
         self._num_pages = 0
+        self.done: set[str] = set()
+        """Requests of which nothing is left to compose until they evict."""
 
     def __len__(self) -> int:
         """Pages on loan."""
@@ -39,41 +46,43 @@ class ComposedAhead:
     @property
     def pages(self) -> list[KVCacheBlock]:
         """All of them."""
-        return [block for groups in self._pages.values() for block in groups.values()]
+        return [block for places in self._pages.values() for block in places.values()]
 
-    def take(self, group: int, request_id: str) -> KVCacheBlock:
-        """A free page for the next head page of a request in a KV cache group."""
+    def has(self, request_id: str, place: Place) -> bool:
+        """Whether what the next eviction puts there has been composed."""
+        return place in self._pages.get(request_id, ())
+
+    def take(self, request_id: str, place: Place) -> KVCacheBlock:
+        """A free page for what the next eviction of a request puts there."""
         (block,) = self._pool.get_new_blocks(1)
-        self._pages.setdefault(request_id, {})[group] = block
+        self._pages.setdefault(request_id, {})[place] = block
         self._num_pages += 1
         return block
 
-    def has(self, request_id: str) -> bool:
-        """Whether the next head pages of a request have been composed."""
-        return request_id in self._pages
-
-    def use(self, group: int, request_id: str) -> KVCacheBlock | None:
-        """The request evicts: its composed page, with the reference; ``None`` if there is none."""
-        groups = self._pages.get(request_id)
-        block = groups.pop(group, None) if groups else None
+    def use(self, request_id: str, place: Place) -> KVCacheBlock | None:
+        """The request evicts: the composed page, with the reference; ``None`` if there is none."""
+        places = self._pages.get(request_id)
+        block = places.pop(place, None) if places else None
         if block is not None:
             self._num_pages -= 1
-            if not groups:
+            if not places:
                 del self._pages[request_id]
+                self.done.discard(request_id)
         return block
 
     def give_back(self, request_id: str) -> None:
         """The pages of a request go back to the pool."""
-        groups = self._pages.pop(request_id, {})
-        self._num_pages -= len(groups)
-        self._pool.free_blocks(groups.values())
+        places = self._pages.pop(request_id, {})
+        self._num_pages -= len(places)
+        self._pool.free_blocks(places.values())
+        self.done.discard(request_id)
 
 
 def composable_at(schedule: Schedule, block_size: int) -> int:
     """Cached tokens from which on the next head page may be composed; the capacity for never.
 
     Not before the last stride below the capacity: most requests end before they evict. Only of
-    streams with one page of sinks, so that nobody borrows more than a page per group.
+    streams with one page of sinks, which borrow a page per group between two evictions.
     """
     pages = EvictionPages.of(schedule, block_size)
     if pages.sinks != 1:
@@ -82,6 +91,25 @@ def composable_at(schedule: Schedule, block_size: int) -> int:
     return min(max(complete, schedule.capacity - schedule.stride + 1), schedule.capacity)
 
 
-def streams_per_step(running: int, schedule: Schedule) -> int:
-    """How many streams compose in a step, so that all ``running`` have in half a stride."""
-    return max(cdiv(2 * running, schedule.stride), 1)
+def places_ahead(
+    schedule: Schedule, block_size: int, computed: int, *, reanchors: bool
+) -> Iterator[int]:
+    """Entries of a table whose next content can be composed, with so many cached tokens.
+
+    Args:
+        schedule: of a stream with one page of sinks.
+        block_size: tokens of a page.
+        computed: at least ``composable_at``.
+        reanchors: the next eviction rotates all of the window.
+    """
+    pages = EvictionPages.of(schedule, block_size)
+    yield 0 if pages.border is None else pages.border
+    if reanchors:
+        first = pages.sink_full + pages.dropped + pages.num_border
+        yield from range(first, computed // block_size)
+
+
+def pages_per_step(running: int, pages: int, schedule: Schedule) -> int:
+    """How many pages to compose in a step, so that ``running`` streams have composed ``pages``
+    each in two thirds of a stride."""
+    return max(cdiv(3 * running * pages, 2 * schedule.stride), 1)

@@ -232,13 +232,26 @@ class Recycler:
         reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
         return -anchors.span if reanchor else 0, anchors.offset(evictions)
 
-    def compose_ahead(self, request: Request) -> None:
-        """Compose the next head page of a stream with ``composable_at`` cached tokens, from free
-        pages."""
-        stream = self.streams[request.request_id]
-        deltas = self._next_deltas(stream)
-        moves = self.tables.compose_ahead(request.request_id, stream.schedule, *deltas)
-        self.tables.ledger.plan(request.request_id, moves)
+    def reanchors_next(self, request: Request) -> bool:
+        """Whether the next eviction of a stream rotates all of its window."""
+        window_delta, _ = self._next_deltas(self.streams[request.request_id])
+        return bool(window_delta)
+
+    def compose_ahead(self, request: Request, most: int) -> int:
+        """Compose pages for the next eviction of a stream with ``composable_at`` cached tokens.
+
+        Returns:
+            The free pages it took, at most ``most``.
+        """
+        stream, ledger = self.streams[request.request_id], self.tables.ledger
+        computed = request.num_computed_tokens - request.num_in_flight_tokens
+        before = len(ledger.ahead)
+        moves = self.tables.compose_ahead(
+            request.request_id, stream.schedule, computed, most, *self._next_deltas(stream)
+        )
+        if moves:
+            ledger.plan(request.request_id, moves)
+        return len(ledger.ahead) - before
 
     def give_back_ahead(self) -> None:
         """Somebody needs pages: all that were composed ahead go back to the pool."""

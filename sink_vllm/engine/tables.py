@@ -14,6 +14,7 @@ from functools import partial
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SingleTypeKVCacheManager
 
+from sink_vllm.engine.ahead import places_ahead
 from sink_vllm.engine.boundary import Needed, longest_boundary
 from sink_vllm.engine.ledger import PageLedger
 from sink_vllm.engine.managers.streaming import Resumption, StreamingLLMManager
@@ -158,15 +159,42 @@ class PageTables:
         return moves
 
     def compose_ahead(
-        self, request_id: str, schedule: Schedule, window_delta: int, sink_delta: int
+        self,
+        request_id: str,
+        schedule: Schedule,
+        computed: int,
+        most: int,
+        window_delta: int,
+        sink_delta: int,
     ) -> list[PageMove]:
-        """Compose what the next eviction needs, see ``StreamingLLMManager.compose_ahead``; it
-        takes ``len(full)`` free pages."""
-        return [
-            move
-            for full in self.full
-            for move in full.compose_ahead(request_id, schedule, window_delta, sink_delta)
-        ]
+        """Compose pages that the next eviction puts into the tables, in free pages.
+
+        Args:
+            request_id: a request that has ``composable_at`` cached tokens.
+            schedule: of this request.
+            computed: its cached tokens; all of them have been computed.
+            most: pages to take from the pool.
+            window_delta: of the next eviction, as ``evict`` will get it,
+            sink_delta: and this.
+
+        Returns:
+            The page moves.
+        """
+        ahead = self.ledger.ahead
+        before = len(ahead)
+        moves: list[PageMove] = []
+        for index in places_ahead(
+            schedule, self.block_size, computed, reanchors=bool(window_delta)
+        ):
+            for full in self.full:
+                if ahead.has(request_id, (full.kv_cache_group_id, index)):
+                    continue
+                if len(ahead) - before >= most:
+                    return moves
+                moves += full.compose_ahead(request_id, schedule, index, window_delta, sink_delta)
+        if not window_delta:  # else more pages become complete
+            ahead.done.add(request_id)
+        return moves
 
     # -- resuming from the prefix cache -----------------------------------------------------
 

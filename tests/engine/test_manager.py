@@ -121,6 +121,8 @@ class Run:
 
     ahead = 0
     """Evictions whose head page had been composed before."""
+    rotated = 0
+    """Evictions for which pages of the window had been rotated before."""
 
     def __init__(self, pool: Pool, rid: str, tokens: list[int], hits: bool = False) -> None:
         self.pool = pool
@@ -172,7 +174,9 @@ class Run:
     def evict(self) -> bool:
         pool = self.pool
         pool.ledger.spare = pool.spare
-        self.ahead += pool.ledger.ahead.has(self.rid)
+        ahead = len(pool.ledger.ahead.pages) if self.rid in pool.ledger.ahead.streams else 0
+        self.ahead += bool(ahead)
+        self.rotated += ahead > 1
         if not pool.recycler.evict(self.request):
             return False
         pool.evictions, pool.reanchorings = (
@@ -182,14 +186,16 @@ class Run:
         self.settle()
         return True
 
-    def compose_ahead(self, after: int) -> None:
-        """Compose the next head page when ``after`` tokens more than necessary are cached."""
+    def compose_ahead(self, after: int, spare: int) -> None:
+        """Compose pages ahead, two at a time and ``spare`` at most, when ``after`` tokens more than
+        necessary are cached."""
         request, ahead = self.request, self.pool.ledger.ahead
         at = min(self.stream.composable_at + after, self.stream.capacity - 1)
-        if self.stream.composable_at <= at <= request.num_computed_tokens < self.stream.capacity:
-            if not ahead.has(self.rid) and self.pool.num_free:
-                self.pool.recycler.compose_ahead(request)
-                self.settle()
+        if not self.stream.composable_at <= at <= request.num_computed_tokens:
+            return
+        if self.rid not in ahead.done and request.num_computed_tokens < self.stream.capacity:
+            self.pool.recycler.compose_ahead(request, min(spare - len(ahead), 2))
+            self.settle()
 
     def step(self) -> bool:
         """Compute one token, evicting first if the cache is full; False without pages."""
@@ -260,13 +266,13 @@ def test_cache_content_follows_the_schedule(
 def test_heads_composed_ahead_are_what_evictions_compose(
     sinks: int, window: int, stride: int, caching: bool
 ) -> None:
-    """At once, late, and taken back now and then, with one page more than a stream needs."""
+    """At once, late, and taken back now and then, with some pages more than a stream needs."""
     schedule = Schedule(sink_tokens=sinks, window=window, stride=stride)
-    pages = pages_per_stream(schedule, BLOCK) + 1
+    pages = pages_per_stream(schedule, BLOCK) + 3
     pool = Pool(schedule, pages + 1, caching, rows=schedule.capacity + 3 * stride)
     run = Run(pool, "a", list(range(5)))
     for step in range(schedule.capacity + 20 * stride):
-        run.compose_ahead(after=step // 7 % 5)
+        run.compose_ahead(after=step // 7 % 5, spare=3)
         if step % 17 == 0:
             pool.recycler.give_back_ahead()
         assert run.step()
@@ -276,6 +282,8 @@ def test_heads_composed_ahead_are_what_evictions_compose(
     assert pool.reanchorings >= 4
     if 0 < sinks <= BLOCK and composable_at(schedule, BLOCK) < schedule.capacity:
         assert run.ahead >= 3
+        if composable_at(schedule, BLOCK) + 3 < schedule.capacity and window == 13:
+            assert run.rotated
     else:
         assert not run.ahead
     run.end()
@@ -288,7 +296,7 @@ def test_a_stream_that_ends_gives_back_what_it_composed_ahead() -> None:
     pool = Pool(schedule, 20)
     run = Run(pool, "a", list(range(5)))
     while not pool.ledger.ahead:
-        run.compose_ahead(after=0)
+        run.compose_ahead(after=0, spare=1)
         assert run.step()
     assert run.request.num_computed_tokens <= schedule.capacity
     run.end()

@@ -91,7 +91,7 @@ class Watch:
 
         def counted_evict(request: Request) -> bool:
             pending = bool(settings.drafts and request.spec_token_ids)
-            is_composed = self.core.scheduler.ledger.ahead.has(request.request_id)
+            is_composed = request.request_id in self.core.scheduler.ledger.ahead.streams
             evicted: bool = evict(request)
             self.reach["evictions with drafts"] += evicted and pending
             self.reach["evictions composed ahead"] += evicted and is_composed

@@ -76,12 +76,15 @@ class StreamingLLMManager(FullAttentionManager):
     def pages_to_evict(self, request_id: str, schedule: Schedule, window_delta: int) -> int:
         """Free pages that an eviction takes, before it gives any back."""
         pages = EvictionPages.of(schedule, self.block_size)
-        kept = self.req_to_blocks[request_id][pages.sink_full + pages.dropped :]
-        changed = kept if window_delta else kept[: pages.num_border]
+        table, begin = self.req_to_blocks[request_id], pages.sink_full + pages.dropped
+        end = len(table) if window_delta else begin + pages.num_border
         new_heads = pages.sink_full if self._is_first(request_id) else 0
-        if self.ledger.ahead.has(request_id):  # the one head page is there
-            changed, new_heads = changed[pages.num_border :], 0
-        return new_heads + sum(map(self.ledger.is_shared, changed))
+        if new_heads and self._is_ahead(request_id, 0):
+            new_heads -= 1
+        return new_heads + sum(
+            self.ledger.is_shared(table[index]) and not self._is_ahead(request_id, index)
+            for index in range(begin, end)
+        )
 
     def pages_given_back(self, request_id: str, schedule: Schedule) -> int:
         """Free pages that an eviction gives back to the pool, before it takes any."""
@@ -131,66 +134,84 @@ class StreamingLLMManager(FullAttentionManager):
         """
         group, size, table = self.kv_cache_group_id, self.block_size, self.req_to_blocks[request_id]
         pages = EvictionPages.of(schedule, size)
-        head = self.ledger.ahead.use(group, request_id)
-        if head is not None:
-            self._put_head(request_id, head, pages)
+        begin = pages.sink_full
+        end = len(table) if window_delta else begin + pages.num_border
+        has_head, changed = self._put_ahead(request_id, pages, range(begin, end))
         for index in range(pages.sink_full):
             if table[index].is_null:  # the first eviction
                 (table[index],) = self.block_pool.get_new_blocks(1)
         moves: list[PageMove] = []
-        begin = pages.sink_full + (pages.num_border if head is not None else 0)
-        end = len(table) if window_delta else pages.sink_full + pages.num_border
-        mandatory = sum(map(self.ledger.is_shared, table[begin:end])) + reserved
-        for index in range(begin, end):
+        mandatory = sum(self.ledger.is_shared(table[index]) for index in changed) + reserved
+        for index in changed:
             block = table[index]
             mandatory -= self.ledger.is_shared(block)
             target = self.ledger.rewritten(block, mandatory)
             if target is not block:
                 table[index] = target
-                self._copied.add(request_id, block, (index - pages.sink_full) // pages.dropped + 1)
+                self._copied.add(request_id, block, (index - begin) // pages.dropped + 1)
             if target is not block or window_delta:
-                first = pages.border_sinks if index == pages.sink_full else 0
+                first = pages.border_sinks if index == begin else 0
                 moves.append(
                     PageMove(block.block_id, target.block_id, first, size, window_delta, group)
                 )
-        if head is not None:
-            return moves
-        return moves + self._sink_moves(request_id, schedule, sink_delta)
+        return moves if has_head else moves + self._sink_moves(request_id, schedule, sink_delta)
 
     def compose_ahead(
-        self, request_id: str, schedule: Schedule, window_delta: int, sink_delta: int
+        self, request_id: str, schedule: Schedule, index: int, window_delta: int, sink_delta: int
     ) -> list[PageMove]:
-        """Compose the head page that the next eviction puts into the table, in a free page.
+        """Compose what the next eviction puts into the table, in a free page.
 
         Args:
-            request_id: a request with one page of sinks, whose page behind them after the next
-                eviction is complete.
+            request_id: a request with one page of sinks.
             schedule: of this request.
+            index: entry of the table as it is now, one of ``places_ahead``.
             window_delta: of the next eviction, as ``compose`` will get it,
             sink_delta: and this.
         """
         group, size, table = self.kv_cache_group_id, self.block_size, self.req_to_blocks[request_id]
         pages = EvictionPages.of(schedule, size)
-        head = self.ledger.ahead.take(group, request_id)
-        (sinks,) = self.ledger.pinned(group, request_id) or table[:1]
-        last = min(size, schedule.sink_tokens)
-        moves = [PageMove(sinks.block_id, head.block_id, 0, last, sink_delta, group)]
-        if pages.border is not None:
-            border = table[pages.border]
-            moves.append(
-                PageMove(border.block_id, head.block_id, last, size, window_delta, group)
-            )
+        target = self.ledger.ahead.take(request_id, (group, index)).block_id
+        is_head = index == (0 if pages.border is None else pages.border)
+        first = min(size, schedule.sink_tokens) if is_head else 0
+        moves: list[PageMove] = []
+        if is_head:
+            (sinks,) = self.ledger.pinned(group, request_id) or table[:1]
+            moves.append(PageMove(sinks.block_id, target, 0, first, sink_delta, group))
+        if first < size:
+            moves.append(PageMove(table[index].block_id, target, first, size, window_delta, group))
         return moves
 
-    def _put_head(self, request_id: str, head: KVCacheBlock, pages: EvictionPages) -> None:
-        """Exchange the first entry of the table for a page that was composed ahead."""
+    def _put_ahead(
+        self, request_id: str, pages: EvictionPages, window: range
+    ) -> tuple[bool, list[int]]:
+        """Put pages that were composed ahead into the table, from which tokens have been dropped.
+
+        Returns:
+            Whether the head page is among them, and the entries of ``window`` that are not.
+        """
+        group, ahead = self.kv_cache_group_id, self.ledger.ahead
         table = self.req_to_blocks[request_id]
-        before, table[0] = table[0], head
-        if before.is_null:
-            return
-        if pages.num_border:
-            self._copied.add(request_id, before, 1)
-        self.ledger.retain(before)
+        left: list[int] = []
+        has_head = False
+        if pages.border is None and (head := ahead.use(request_id, (group, 0))):
+            table[0], before = head, table[0]
+            has_head = True
+            if not before.is_null:
+                self.ledger.retain(before)
+        for index in window:
+            composed = ahead.use(request_id, (group, index + pages.dropped))
+            if composed is None:
+                left.append(index)
+                continue
+            block, table[index] = table[index], composed
+            has_head |= index == pages.sink_full and pages.border is not None
+            evictions = (index - pages.sink_full) // pages.dropped + 1
+            self._copied.add(request_id, block, evictions)
+            self.ledger.retain(block)
+        return has_head, left
+
+    def _is_ahead(self, request_id: str, index: int) -> bool:
+        return self.ledger.ahead.has(request_id, (self.kv_cache_group_id, index))
 
     def _is_first(self, request_id: str) -> bool:
         """Whether the request has not evicted yet."""
