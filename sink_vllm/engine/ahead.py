@@ -48,6 +48,10 @@ class ComposedAhead:
         """All of them."""
         return [block for places in self._pages.values() for block in places.values()]
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request has such pages."""
+        return request_id in self._pages
+
     def has(self, request_id: str, place: Place) -> bool:
         """Whether what the next eviction puts there has been composed."""
         return place in self._pages.get(request_id, ())

@@ -212,6 +212,7 @@ class Recycler:
         """Drop ``g`` tokens of a full stream; False, and nothing changed, when pages are short."""
         stream = self.streams[request.request_id]
         window_delta, sink_delta = self._next_deltas(stream)
+        is_ahead = request.request_id in self.tables.ledger.ahead
         moves = self.tables.evict(request.request_id, stream.schedule, window_delta, sink_delta)
         if moves is None:
             return False
@@ -223,6 +224,7 @@ class Recycler:
             self._evict_hashes(request, stream)
         stream.reanchorings += reanchor
         self.account.stats.reanchorings += reanchor
+        self.account.stats.composed_ahead += is_ahead
         self._count(request, stream, 1)
         return True
 

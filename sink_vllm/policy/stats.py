@@ -38,7 +38,8 @@ class StreamingLLMStats:
     """Evictions of one stride."""
     reanchorings: int = 0
     """Times the keys of a whole window were rotated back."""
-
+    composed_ahead: int = 0
+    """Evictions of which something was in the pages before they happened."""
     resumed: int = 0
     """Long prompts that went on from cached pages past their first eviction."""
     waiting_for_pages: int = 0

@@ -21,6 +21,10 @@ COUNTERS = {  # field of StreamingLLMStats: (name without "_total", documentatio
     "tokens": ("evicted_tokens", "Tokens evicted from the KV cache."),
     "evictions": ("evictions", "Evictions of one stride."),
     "reanchorings": ("reanchorings", "Windows whose keys were rotated back to offset 0."),
+    "composed_ahead": (
+        "evictions_composed_ahead",
+        "Evictions whose head page, or part of whose window, was composed in steps before.",
+    ),
     "resumed": ("resumed_streams", "Long prompts resumed from cached pages."),
 }
 GAUGES = {  # field of StreamingLLMStats: (name, documentation)

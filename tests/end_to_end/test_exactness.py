@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from sink_vllm.engine.ahead import composable_at
 from sink_vllm.worker.layers import rope_table
 from tests.conftest import ModelFactory
 from tests.support.engine import Engine, Policy, check_all_free, running_engine
@@ -108,6 +109,8 @@ def test_tokens_and_logprobs_equal_the_oracle(
 ) -> None:
     """Invariant 1: a batch of eight streams, through evictions and re-anchorings."""
     prompts = prompts_around(setup.case.policy)
+    scheduler, loans = setup.engine.scheduler, [0]
+    setup.engine.after_step.append(lambda: loans.append(len(scheduler.ledger.ahead)))
 
     generated = setup.engine.greedy(prompts, setup.case.num_tokens)
 
@@ -117,6 +120,9 @@ def test_tokens_and_logprobs_equal_the_oracle(
     assert verdict.least_evictions >= LEAST_EVICTIONS
     assert verdict.least_reanchorings >= LEAST_REANCHORINGS
     assert setup.engine.num_poisoned > 0
+    schedule, block = scheduler.recycler.config.schedule, scheduler.recycler.tables.block_size
+    is_ahead = composable_at(schedule, block) < schedule.capacity
+    assert (max(loans) > 0) == is_ahead
     assert len(verdict.ties) <= 3  # more would mean that the models are no good judges
 
 

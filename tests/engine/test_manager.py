@@ -174,7 +174,7 @@ class Run:
     def evict(self) -> bool:
         pool = self.pool
         pool.ledger.spare = pool.spare
-        ahead = len(pool.ledger.ahead.pages) if self.rid in pool.ledger.ahead.streams else 0
+        ahead = len(pool.ledger.ahead.pages) if self.rid in pool.ledger.ahead else 0
         self.ahead += bool(ahead)
         self.rotated += ahead > 1
         if not pool.recycler.evict(self.request):

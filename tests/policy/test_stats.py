@@ -21,7 +21,11 @@ from sink_vllm.policy.stats import GAUGES, StreamingLLMStats
 from sink_vllm.server import metrics
 from sink_vllm.server.metrics import StreamingLLMStatLogger
 
-STATS = StreamingLLMStats(streams=1, tokens=96, evictions=3, reanchorings=2, resumed=1)
+STATS = StreamingLLMStats(
+    streams=1, tokens=96, evictions=3, reanchorings=2, composed_ahead=1, resumed=1
+)
+    streams=1, tokens=96, evictions=3, reanchorings=2, composed_ahead=1, resumed=1
+)
 CONFIG: Any = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
 
 
@@ -96,6 +100,7 @@ def test_counters_add_up_per_engine() -> None:
     assert counted("sink_vllm:evicted_tokens_total", 0) == 192
     assert counted("sink_vllm:evictions_total", 1) == 3
     assert counted("sink_vllm:reanchorings_total", 1) == 2
+    assert counted("sink_vllm:evictions_composed_ahead_total", 1) == 1
 
 
 def test_second_engine_of_a_process_starts_at_zero() -> None:

@@ -91,7 +91,7 @@ class Watch:
 
         def counted_evict(request: Request) -> bool:
             pending = bool(settings.drafts and request.spec_token_ids)
-            is_composed = request.request_id in self.core.scheduler.ledger.ahead.streams
+            is_composed = request.request_id in self.core.scheduler.ledger.ahead
             evicted: bool = evict(request)
             self.reach["evictions with drafts"] += evicted and pending
             self.reach["evictions composed ahead"] += evicted and is_composed
