@@ -24,8 +24,6 @@ from sink_vllm.server.metrics import StreamingLLMStatLogger
 STATS = StreamingLLMStats(
     streams=1, tokens=96, evictions=3, reanchorings=2, composed_ahead=1, resumed=1
 )
-    streams=1, tokens=96, evictions=3, reanchorings=2, composed_ahead=1, resumed=1
-)
 CONFIG: Any = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
 
 
