@@ -55,7 +55,7 @@ def _refuse_own_classes(engine_args: "EngineArgs") -> None:
     for option, value, default in (
         ("--scheduler-cls", engine_args.scheduler_cls, (None, SCHEDULER)),
         ("--worker-cls", engine_args.worker_cls, ("auto", CPU_WORKER, GPU_WORKER)),
-        ("--mamba-cache-mode", engine_args.mamba_cache_mode, ("none",)),
+        ("--mamba-cache-mode", engine_args.mamba_cache_mode, (None, "none")),
     ):
         if value not in default:
             raise Refused(

@@ -30,6 +30,8 @@ class Verdict:
     least_reanchorings: int
     before_evictions: float | None = None
     """Largest difference before the first eviction, of a model of fewer bits than the oracle."""
+    rounding: tuple[float, ...] = ()
+    """All of them."""
 
     def __str__(self) -> str:
         before = self.before_evictions
@@ -42,7 +44,11 @@ class Verdict:
 
 
 def judge_rounded(
-    oracle: Oracle, policy: Policy, prompts: Sequence[Sequence[int]], generated: Sequence[Generated]
+    oracle: Oracle,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Generated],
+    rounding: Sequence[float] = (),
 ) -> Verdict:
     """The same for an engine of fewer bits than the oracle: evictions must not add to rounding.
 
@@ -51,9 +57,16 @@ def judge_rounded(
     Qwen3.5 was 0.014 to 0.029 without any eviction. The largest is a matter of chance: there are
     ten times as many tokens afterwards. Twice as much is not let through: without the four sinks,
     or with eight, it would be 2.1 to 3.8 times (Qwen3.5, Qwen3-Next).
+
+    Args:
+        oracle: of the checkpoint.
+        policy: of the engine.
+        prompts: of the streams.
+        generated: by the engine.
+        rounding: what it did to other streams, for prompts that are longer than the cache.
     """
     expected = _expected(oracle, policy, prompts, generated)
-    before: list[float] = []
+    before = list(rounding)
     after: list[float] = []
     for prompt, truth, result in zip(prompts, expected, generated, strict=True):
         assert result.evictions == truth.evictions, (result.evictions, truth.evictions)
@@ -73,6 +86,7 @@ def judge_rounded(
         least_evictions=min(truth.evictions for truth in expected),
         least_reanchorings=min(result.reanchorings for result in generated),
         before_evictions=max(before),
+        rounding=tuple(before),
     )
 
 
