@@ -142,11 +142,15 @@ class AdmittingMixin(PreemptingMixin):
                 if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ
             ]
             if idle:
-                self._give_way(min(idle, key=lambda request: request.arrival_time))
+                self._give_way(min(idle, key=self._silence))
             elif head.num_computed_tokens:
                 self._give_way(head)  # it holds pages, and cannot go on with them
             else:
                 return
+
+    def _silence(self, request: Request) -> tuple[bool, float]:
+        """Who loses no state comes first, then who has been silent the longest."""
+        return self.admission.loses_state(request.request_id), request.arrival_time
 
     def _first_ready(self) -> Request | None:
         """The first request vLLM would admit, if there were pages for it."""

@@ -1,9 +1,9 @@
 """Copies of recurrent states in the prefix cache: where streams can be resumed (engine core).
 
 A state is written by every step, and what it was is lost. So whenever a stream is about to go on
-from the end of a page of attention, its state is copied first, into a free page that the prefix cache
-has under the hash of that page from then on. The copy is run by the workers before the step, so it
-is of the state after the step before, which is that after the last token of the page.
+from the end of a page of attention, its state is copied first, into a free page that the prefix
+cache has under the hash of that page from then on. The copy is run by the workers before the step,
+so it is of the state after the step before, which is that after the last token of the page.
 
 The copy is nobody's: it takes a page that was free, goes to the end of the queue of free pages, and
 is overwritten when its turn comes.

@@ -134,10 +134,10 @@ def _engine_settings(
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "additional_config": engine_args.additional_config | config.as_additional_config(),
     }
-    if model.recurrent and engine_args.enable_chunked_prefill is False:
+    whole_prompts = engine_args.enable_chunked_prefill is False
+    if model.recurrent and whole_prompts and engine_args.enable_prefix_caching is None:
         # Beside states vLLM keeps prefixes of prompts only that come in chunks.
-        if engine_args.enable_prefix_caching is None:
-            settings["enable_prefix_caching"] = False
+        settings["enable_prefix_caching"] = False
     own = {name: getattr(engine_args, name) for name in settings}
     for name, value in settings.items():
         setattr(engine_args, name, value)

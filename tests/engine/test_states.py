@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id
 
+from sink_vllm.engine.admission import Verdict
 from sink_vllm.policy.schedule import Schedule, cdiv
 from tests.support.scheduler_only import Core, Settings, check_integrity
 
@@ -163,3 +164,26 @@ def test_a_boundary_needs_states_of_all_groups_and_pages(group: int) -> None:
     after, _ = ask(core, "looked up", [], 1)
 
     assert SCHEDULE.capacity < after < before
+
+
+def test_who_gives_way_loses_no_state_where_there_is_a_choice() -> None:
+    """Under priorities a full stream takes the pages of a less important holder. Of two, it is not
+    the one whose states know of evicted tokens, though it came last."""
+    settings = replace(SETTINGS, policy="priority", spare_pages=STREAM_PAGES + 6)
+    core = Core(settings)
+    core.send("young", range(3), 60, priority=5, resumable=True)
+    core.outputs()
+    core.send("old", LONG, 200, priority=5)
+    streams = core.scheduler.recycler.streams
+    while not streams["old"].evictions:
+        core.outputs()
+    assert streams["old"].evictions and not streams["young"].evictions
+    admission = core.scheduler.admission
+    assert admission.loses_state("old")
+
+    request = core.scheduler.requests["old"]
+    asking = core.send("asking", LONG, 200, priority=0)
+    gives_way = admission.who_gives_way(asking, Verdict.NO_PAGES)
+
+    assert gives_way.request_id == "young"
+    assert request.request_id != gives_way.request_id

@@ -30,8 +30,6 @@ class Verdict:
     least_reanchorings: int
     before_evictions: float | None = None
     """Largest difference before the first eviction, of a model of fewer bits than the oracle."""
-    rounding: tuple[float, ...] = ()
-    """All of them."""
 
     def __str__(self) -> str:
         before = self.before_evictions
@@ -63,17 +61,17 @@ def judge_rounded(
         policy: of the engine.
         prompts: of the streams.
         generated: by the engine.
-        rounding: what it did to other streams, for prompts that are longer than the cache.
+        rounding: what it did elsewhere (``differences``), for prompts longer than the cache.
     """
     expected = _expected(oracle, policy, prompts, generated)
     before = list(rounding)
     after: list[float] = []
     for prompt, truth, result in zip(prompts, expected, generated, strict=True):
         assert result.evictions == truth.evictions, (result.evictions, truth.evictions)
-        differences = [abs(a - b) for a, b in zip(truth.logprobs, result.logprobs, strict=True)]
+        found = [abs(a - b) for a, b in zip(truth.logprobs, result.logprobs, strict=True)]
         first = max(policy.capacity + 1 - len(prompt), 0)
-        before += differences[:first]
-        after += differences[first:]
+        before += found[:first]
+        after += found[first:]
     assert len(before) >= 50
     for share in (0.5, 0.9):
         once, later = _quantile(before, share), _quantile(after, share)
@@ -86,8 +84,19 @@ def judge_rounded(
         least_evictions=min(truth.evictions for truth in expected),
         least_reanchorings=min(result.reanchorings for result in generated),
         before_evictions=max(before),
-        rounding=tuple(before),
     )
+
+
+def differences(
+    oracle: Oracle, policy: Policy, prompts: Sequence[Sequence[int]], generated: Sequence[Generated]
+) -> list[float]:
+    """Of all log-probabilities of streams from those of the oracle along their tokens."""
+    expected = _expected(oracle, policy, prompts, generated)
+    return [
+        abs(a - b)
+        for truth, result in zip(expected, generated, strict=True)
+        for a, b in zip(truth.logprobs, result.logprobs, strict=True)
+    ]
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

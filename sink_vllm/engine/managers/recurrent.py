@@ -1,8 +1,8 @@
 """Block manager of recurrent layers: one page per stream, with the state after all of its tokens.
 
 Evictions leave it alone. The prefix cache has copies of states (``engine/states.py``), each under
-the hash of the page of attention that ends at the same token; a stream that is resumed there goes on
-from a copy of its own, since a state is written by every step.
+the hash of the page of attention that ends at the same token; a stream that is resumed there goes
+on from a copy of its own, since a state is written by every step.
 """
 
 from collections.abc import Sequence

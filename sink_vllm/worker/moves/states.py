@@ -1,7 +1,7 @@
 """Copy the states of recurrent layers from page to page: whole pages, in which no token has a place.
 
-    mover = StateMover(layers)                           once the KV cache is there
-    mover.run(moves)                                     once per step, before anything writes states
+mover = StateMover(layers)                           once the KV cache is there
+mover.run(moves)                                     once per step, before anything writes states
 """
 
 from collections.abc import Iterable, Sequence
