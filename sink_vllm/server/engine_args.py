@@ -136,7 +136,7 @@ def _engine_settings(
     }
     whole_prompts = engine_args.enable_chunked_prefill is False
     if model.recurrent and whole_prompts and engine_args.enable_prefix_caching is None:
-        # Beside states vLLM keeps prefixes of prompts only that come in chunks.
+        # What is wrong with that is said below; vLLM would fail an assertion about states first.
         settings["enable_prefix_caching"] = False
     own = {name: getattr(engine_args, name) for name in settings}
     for name, value in settings.items():

@@ -163,7 +163,7 @@ def test_account_tells_that_a_state_was_rebuilt(engine: Engine, folder: Path) ->
 def test_a_hybrid_over_http(folder: Path) -> None:
     """Served without a word about recurrent layers; a stored stream goes on from its state."""
     flags = ["--sink-window", str(POLICY.W), "--sink-stride", str(POLICY.g)]
-    with tiny_server(folder, *flags) as server:
+    with tiny_server(folder, *flags, environment={"VLLM_PLUGINS": "sink_vllm"}) as server:
         server.wait(lambda _waited: None)
         client = Client(server)
         evictions = client.counter("sink_vllm:evictions_total")
@@ -179,15 +179,15 @@ def test_a_hybrid_over_http(folder: Path) -> None:
 
         created = client.http.post("/v1/streams", json={})
         path = f"/v1/streams/{created.json()['id']}/append"
-        usages = []
+        turns = []
         for turn in range(4):
             generate = {"temperature": 0, "max_tokens": 80, "ignore_eos": True}
             tokens = random_tokens(60, turn)
             answer = client.http.post(path, json={"tokens": tokens, "generate": generate})
             assert answer.status_code == 200, answer.text
-            usages.append(answer.json()["usage"])
-        assert [one["resumed_from"] for one in usages[2:]] == ["cache", "cache"]
-        assert usages[3]["evicted_tokens"] >= 5 * POLICY.g
-        assert usages[3]["cached_tokens"] > 0
-        assert usages[3]["computed_tokens"] <= 60 + 1 + PAGE
+            turns.append(answer.json())
+        assert [one["usage"]["resumed_from"] for one in turns[2:]] == ["cache", "cache"]
+        assert turns[3]["stream"]["evicted"] >= 5 * POLICY.g
+        assert turns[3]["usage"]["cached_tokens"] > POLICY.capacity
+        assert turns[3]["usage"]["computed_tokens"] <= 60 + 1 + PAGE
         client.wait_idle()

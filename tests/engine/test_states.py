@@ -111,7 +111,7 @@ def test_many_go_on_from_one_state() -> None:
 
 
 def test_a_stream_that_needs_the_pool_gives_up_what_it_goes_on_from() -> None:
-    """No page is left for a copy of its own: it writes to the cached state, which is one no more."""
+    """No page is left for a copy: it writes to the cached state, which is none any more."""
     fewest = Core(replace(SETTINGS, spare_pages=0)).num_pages
     core = Core(replace(SETTINGS, spare_pages=STREAM_PAGES - fewest))
     assert core.num_pages == STREAM_PAGES
@@ -177,7 +177,7 @@ def test_who_gives_way_loses_no_state_where_there_is_a_choice() -> None:
     streams = core.scheduler.recycler.streams
     while not streams["old"].evictions:
         core.outputs()
-    assert streams["old"].evictions and not streams["young"].evictions
+    assert not streams["young"].evictions
     admission = core.scheduler.admission
     assert admission.loses_state("old")
 

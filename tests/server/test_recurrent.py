@@ -59,12 +59,17 @@ def test_cache_that_is_too_short_for_the_page(model: str) -> None:
     assert SinkConfig.of(build(model, SINK, max_model_len=69)) is not None
 
 
-def test_where_prompts_do_not_come_in_chunks_no_prefix_is_kept(model: str) -> None:
-    """vLLM keeps none there beside states, and fails if it is asked to."""
-    config = build(model, SINK, enable_chunked_prefill=False)
+def test_prefix_caching_can_be_switched_off(model: str) -> None:
+    config = build(model, SINK, enable_prefix_caching=False)
 
     assert not config.cache_config.enable_prefix_caching
-    assert not build(model, SINK, enable_prefix_caching=False).cache_config.enable_prefix_caching
+    assert config.cache_config.mamba_cache_mode == "none"
+
+
+def test_prompts_that_do_not_come_in_chunks(model: str) -> None:
+    """Refused by the sentence for all models; vLLM would fail an assertion first."""
+    with pytest.raises(Refused, match=r"\(--no-enable-chunked-prefill\)"):
+        build(model, SINK, enable_chunked_prefill=False)
 
 
 def test_vllms_own_way_of_keeping_states_is_refused(model: str) -> None:

@@ -1,4 +1,4 @@
-"""Copy the states of recurrent layers from page to page: whole pages, in which no token has a place.
+"""Copy states of recurrent layers from page to page: whole pages, in which no token has a place.
 
 mover = StateMover(layers)                           once the KV cache is there
 mover.run(moves)                                     once per step, before anything writes states
