@@ -155,7 +155,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--no-prefix-caching",
         dest="prefix_caching",
         action="store_false",
-        help="in either arm; for models with recurrent layers",
+        help="in either arm",
     )
     parser.add_argument("--control", action="store_true", help="stock against stock")
     parser.add_argument("--name", help="folder below benchmarks/results; default: date and commit")

@@ -34,7 +34,7 @@ class Setup:
     model: str = str(MODEL)
     dtype: str = "bfloat16"
     prefix_caching: bool = True
-    """Of both arms; models with recurrent layers have none under the policy."""
+    """Of both arms."""
 
     @property
     def schedule(self) -> Schedule:

@@ -118,6 +118,11 @@ class StreamingLLMWindowSpec(SlidingWindowSpec):
     """Sliding-window attention with page tables of its own; the window never reaches the sinks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLMStateSpec(MambaSpec):
+    """A recurrent layer: a page is one state, and its hash that of a page of attention."""
+
+
 _WRAPPERS: dict[type[KVCacheSpec], type[StreamingLLMSpec]] = {
     FullAttentionSpec: StreamingLLMSpec,
     SlidingWindowSpec: StreamingLLMSpec,
@@ -132,15 +137,13 @@ def under_policy(
 ) -> KVCacheSpec:
     """``spec`` of a layer under the policy; as it is if the policy does not know such layers.
 
-    That of a recurrent layer stays as it is, too: a page with the one state of a stream, which
-    evictions leave alone.
-
     Raises:
         ValueError: the cache is longer than the chunks that the layer sees, or they do not end
             with a page; or a recurrent layer keeps several states of a stream.
     """
     if type(spec) is MambaSpec:
         _check_state(spec)
+        return replace_as(spec, StreamingLLMStateSpec, block_size=block_size)
     wrapper = _WRAPPERS.get(type(spec))
     if wrapper is None:
         return spec
@@ -182,7 +185,7 @@ def _check_state(spec: MambaSpec) -> None:
         raise ValueError(
             f"mamba_cache_mode={spec.mamba_cache_mode!r} with {spec.num_speculative_blocks} states "
             f"for drafts keeps several recurrent states of a stream, and --kv-policy sink one; "
-            f"drop --enable-prefix-caching, --mamba-cache-mode and --speculative-config."
+            f"drop --mamba-cache-mode and --speculative-config."
         )
 
 

@@ -242,7 +242,8 @@ class Admission:
         """The holder that gives its pages up next, so that another gets what it needs.
 
         Sessions whose client is silent come first, then the newest guest; under priorities, the
-        least important one.
+        least important one. Among equals, one with recurrent states that know of evicted tokens is
+        the last: they would not come back.
 
         Args:
             asking: a holder, for whom it is; it may be the answer. Under priorities, residents
@@ -262,12 +263,18 @@ class Admission:
         guests = [holder for holder in self._holders.values() if holder.share is None]
         return max(guests, key=self._rank).request if guests else None
 
-    def _rank(self, holder: _Holder) -> tuple[bool, int, float, int]:
+    def _rank(self, holder: _Holder) -> tuple[bool, int, bool, float, int]:
         request = holder.request
         idle = request.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+        spared = not self.loses_state(request.request_id)
         if self._by_priority:
-            return idle, request.priority, request.arrival_time, holder.number
-        return idle, 0, 0.0, holder.number
+            return idle, request.priority, spared, request.arrival_time, holder.number
+        return idle, 0, spared, 0.0, holder.number
+
+    def loses_state(self, request_id: str) -> bool:
+        """Whether a holder has recurrent states that know of tokens it would not compute again."""
+        stream = self._holders[request_id].stream
+        return bool(self._tables.recurrent and stream.evictions)
 
     def check(self) -> None:
         """Shares and counts are those of the holders.

@@ -191,11 +191,15 @@ class AdmittingMixin(PreemptingMixin):
                 if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ
             ]
             if idle:
-                self._give_way(min(idle, key=lambda request: request.arrival_time))
+                self._give_way(min(idle, key=self._silence))
             elif head.num_computed_tokens:
                 self._give_way(head)  # it holds pages, and cannot go on with them
             else:
                 return
+
+    def _silence(self, request: Request) -> tuple[bool, float]:
+        """Who loses no state comes first, then who has been silent the longest."""
+        return self.admission.loses_state(request.request_id), request.arrival_time
 
     def _first_ready(self) -> Request | None:
         """The first request vLLM would admit, if there were pages for it."""
@@ -287,7 +291,10 @@ class AdmittingMixin(PreemptingMixin):
             )
             blocks = self.kv_cache_manager.create_kv_cache_blocks(hit)
         if stream.prompt is None:
-            cached = itertools.chain(*blocks.blocks)
+            # A state that is found is copied, whoever holds it.
+            states = self.recycler.tables.state_groups
+            shared = [one for group, one in enumerate(blocks.blocks) if group not in states]
+            cached = itertools.chain(*shared)
             self._admit(request, sum(b.ref_cnt > 0 and not b.is_null for b in cached))
         return blocks, num_tokens, boundary, diverged
 
@@ -334,8 +341,9 @@ class AdmittingMixin(PreemptingMixin):
             if request_id not in self._found:
                 return 0
             found = self._found[request_id]
-            if found is not None:
+            if found is not None or (num_computed_tokens and self.recycler.tables.recurrent):
                 self.ledger.spare = max(self.admission.spare(), 0)
+            if found is not None:
                 self.recycler.resume(request, found)
         waits = request.status != RequestStatus.RUNNING
         if waits and num_new_tokens > request.num_tokens - num_computed_tokens == 1:
@@ -363,9 +371,27 @@ class AdmittingMixin(PreemptingMixin):
         if num_computed_tokens and not self.scheduler_config.enable_chunked_prefill:
             room = min(room, 1)  # its attention kernels read the cache for one query only
         num_new_tokens = num_new_tokens if num_new_tokens <= room else max(room, 0)
+        if num_new_tokens > 1 and self.recycler.tables.recurrent and self.recycler.hasher:
+            num_new_tokens = self._to_page_end(request, num_computed_tokens, num_new_tokens)
         if num_new_tokens and self.recycler.tables.windowed:
             return self._fit_windows(request, num_computed_tokens, num_new_tokens)
         return num_new_tokens
+
+    def _to_page_end(self, request: Request, computed: int, num_new_tokens: int) -> int:
+        """A chunk that ends with a page, where recurrent states can be kept for others.
+
+        The last page that the prompt fills is the end of a chunk, since that is where the
+        conversation is resumed when it is sent again. Chunks that the capacity cuts stay as long
+        as they are otherwise: evictions decide where they end.
+        """
+        stream, size = self.recycler.streams[request.request_id], self.recycler.tables.block_size
+        end, known = computed + num_new_tokens, request.num_tokens
+        last = (known + len(stream.pending) - 1) // size * size
+        if computed < last < end:
+            return last - computed
+        page_end = end // size * size
+        is_cut = end < known and end < stream.capacity
+        return page_end - computed if is_cut and page_end > computed else num_new_tokens
 
     def _fit_windows(self, request: Request, computed: int, num_new_tokens: int) -> int:
         """The longest chunk whose pages are its own or nobody's."""

@@ -113,6 +113,10 @@ class PageLedger:
         """Page moves that the next step has to run for a request; instead of any before."""
         self._moves[request_id] = moves
 
+    def plan_more(self, request_id: str, moves: list[PageMove]) -> None:
+        """Page moves beside those that are planned for a request."""
+        self._moves[request_id] = [*self._moves.get(request_id, ()), *moves]
+
     def cancel(self, request_id: str) -> None:
         """The request gives up its pages before the step runs."""
         self._moves.pop(request_id, None)

@@ -30,9 +30,10 @@ from sink_vllm.engine.ledger import IntegrityError
 from sink_vllm.engine.output_tail import forget_evicted
 from sink_vllm.engine.reasoning import decide_reasoning
 from sink_vllm.engine.sizing import Sizing
+from sink_vllm.engine.states import StateCopies
 from sink_vllm.engine.stream import Stream
 from sink_vllm.gate.lengths import notes_of
-from sink_vllm.policy.plan import Refresh, StepPlan
+from sink_vllm.policy.plan import PageMove, Refresh, StepPlan
 from sink_vllm.policy.report import with_account
 
 # Below vLLM's own logger, whose handlers print it.
@@ -49,6 +50,7 @@ class StreamingLLMMixin(AdmittingMixin):
         super().__init__(*args, **kwargs)
         self._refreshed: list[NewRequestData] = []
         self._steps_stalled = 0
+        self._states = StateCopies(self.recycler.tables)
         self._log_start()
 
     def _log_start(self) -> None:
@@ -58,9 +60,13 @@ class StreamingLLMMixin(AdmittingMixin):
         if states:
             logger.info(
                 "StreamingLLM: %d of these pages hold recurrent states, which run on when tokens "
-                "are evicted. There is no prefix cache beside them: a conversation that is sent "
-                "again is streamed in again.",
+                "are evicted. %s",
                 states,
+                "The prefix cache has copies of them after full pages: a conversation that is sent "
+                "again goes on from the last one."
+                if self.recycler.hasher is not None
+                else "There is no prefix cache beside them: a conversation that is sent again is "
+                "streamed in again.",
             )
         for note in notes_of(self.vllm_config.model_config, sizing.schedule.capacity):
             logger.info("StreamingLLM: %s.", note)
@@ -119,6 +125,7 @@ class StreamingLLMMixin(AdmittingMixin):
         self._unpark(request)
         self.admission.forget(request.request_id)
         self.ledger.cancel(request.request_id)
+        self._states.forget(request.request_id)
         report = self.recycler.close(request)
         if report is not None:
             kv_params = with_account(kv_params, report)
@@ -142,7 +149,7 @@ class StreamingLLMMixin(AdmittingMixin):
         self._settle_admissions()
         self._complete_new_requests(output)
         plan = StepPlan(
-            moves=self.ledger.take_moves(),
+            moves=self._take_moves(output),
             refreshes={
                 data.req_id: self._refresh_of(data.req_id)
                 for data in output.scheduled_new_reqs
@@ -155,6 +162,16 @@ class StreamingLLMMixin(AdmittingMixin):
         self.ledger.release()
         self._watch(output)
         return output
+
+    def _take_moves(self, output: SchedulerOutput) -> list[PageMove]:
+        moves = self.ledger.take_moves()
+        if not self.recycler.tables.recurrent or self.recycler.hasher is None:
+            return moves
+        chunks = output.num_scheduled_tokens.items()
+        scheduled = ((self.requests[request_id], chunk) for request_id, chunk in chunks)
+        return moves + self._states.plan(
+            ((request, request.num_computed_tokens - chunk) for request, chunk in scheduled), moves
+        )
 
     def _watch(self, output: SchedulerOutput) -> None:
         """What an operator should see of this step, and a probe of many."""

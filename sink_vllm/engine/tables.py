@@ -2,7 +2,7 @@
 
 Most models have one group of layers, with one table per request. Others have several: of
 ``StreamingLLMManager`` for the layers that see everything in the cache, of
-``StreamingLLMWindowManager`` for sliding-window layers, and of vLLM's own ``MambaManager`` for
+``StreamingLLMWindowManager`` for sliding-window layers, and of ``StreamingLLMStateManager`` for
 recurrent layers. The table of those is one page, with the state after all tokens of the stream: it
 is taken with the first token, and neither grows nor moves, whatever is evicted.
 """
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from sink_vllm.engine.ahead import places_ahead
 from sink_vllm.engine.boundary import Needed, longest_boundary
 from sink_vllm.engine.ledger import PageLedger
+from sink_vllm.engine.managers.recurrent import StreamingLLMStateManager
 from sink_vllm.engine.managers.streaming import Resumption, StreamingLLMManager
 from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
 from sink_vllm.policy.plan import PageMove
@@ -31,11 +32,12 @@ class FoundPages:
     """Pages of the stream before the boundary."""
     full: list[Resumption]
     windows: list[list[KVCacheBlock]]
+    states: list[KVCacheBlock]
 
     @property
     def blocks(self) -> list[KVCacheBlock]:
         full = (block for one in self.full for block in one.blocks)
-        return [*full, *(block for one in self.windows for block in one)]
+        return [*full, *(block for one in self.windows for block in one), *self.states]
 
 
 class PageTables:
@@ -44,7 +46,8 @@ class PageTables:
     def __init__(self, managers: Sequence[SingleTypeKVCacheManager]) -> None:
         self.full = [one for one in managers if isinstance(one, StreamingLLMManager)]
         self.windowed = [one for one in managers if isinstance(one, StreamingLLMWindowManager)]
-        self.recurrent = [one for one in managers if isinstance(one, MambaManager)]
+        self.recurrent = [one for one in managers if isinstance(one, StreamingLLMStateManager)]
+        self.state_groups = [one.kv_cache_group_id for one in self.recurrent]
         assert self.num_groups == len(managers), "a group without the policy"
         assert self.full, "layers that see everything keep the sinks"
         first = self.full[0]
@@ -57,7 +60,7 @@ class PageTables:
         for window in self.windowed:
             window.bind(self.ledger)
         for state in self.recurrent:
-            self.ledger.add_group(state.kv_cache_group_id, state.req_to_blocks)
+            state.bind(self.ledger)
         self._first = first
 
     # -- how many pages ---------------------------------------------------------------------
@@ -218,8 +221,6 @@ class PageTables:
     ) -> FoundPages | None:
         """The longest boundary a stream with these page hashes can be resumed at.
 
-        Never with recurrent layers, whose states are not in the prefix cache.
-
         Args:
             schedule: of the stream.
             hashes: of the full pages of the stream, from its start.
@@ -236,6 +237,13 @@ class PageTables:
             Needed(partial(self._first.first_page, schedule), _by_page(self._first, hashes)),
             *(Needed(one.first_page, _by_page(one, hashes)) for one in self.windowed),
         ]
+        if self.recurrent:
+            needed.append(
+                Needed(
+                    lambda end: end - 1,
+                    lambda page: self.ledger.is_movable(hashes[page], self.state_groups),
+                )
+            )
         end = longest_boundary(
             min(num_pages, len(hashes)),
             max(least, schedule.capacity // self.block_size + 1),
@@ -248,6 +256,7 @@ class PageTables:
             end,
             [one.found(schedule, hashes, end) for one in self.full],
             [one.found(hashes, end) for one in self.windowed],
+            [one.found(hashes, end) for one in self.recurrent],
         )
 
     def pages_to_resume(self, schedule: Schedule, found: FoundPages) -> int:
@@ -275,6 +284,8 @@ class PageTables:
             deltas = self._deltas(schedule, window, found.end)
             reserved = sum(taken[len(self.full) + index + 1 :])
             moves += window.resume(request_id, blocks, found.end, evicted, deltas, reserved)
+        for state, block in zip(self.recurrent, found.states, strict=True):
+            moves += state.resume(request_id, block)
         return moves
 
     def _taken(self, schedule: Schedule, found: FoundPages) -> list[int]:

@@ -95,7 +95,6 @@ class Facts:
     rotary_op: bool = False
     """Whether rotary modules run vLLM's own op and not their torch code."""
     chunked_prefill: bool = True
-    prefix_caching: bool = False
     replayed_states: bool = False
     """Whether recurrent layers compute states from a buffer of inputs."""
     kv_cache_dtype: str = "auto"
@@ -133,7 +132,6 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         rust_frontend=os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         rotary_op=not {"none", "-rotary_embedding"} & {*vllm_config.compilation_config.custom_ops},
         chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,
-        prefix_caching=cache.enable_prefix_caching,
         replayed_states=cache.use_replayssm,
         kv_cache_dtype=cache.cache_dtype,
         speculative_method=None if speculative is None else str(speculative.method),

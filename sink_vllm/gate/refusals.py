@@ -116,13 +116,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
-        "prefix caching of recurrent layers",
-        "prefix caching of models with recurrent layers",
-        lambda f: _if(bool(f.recurrent_layers) and f.prefix_caching, "--enable-prefix-caching"),
-        "vLLM finds cached states by positions in the cache, which evictions shift",
-        "drop --enable-prefix-caching; a conversation that is sent again is streamed in again",
-    ),
-    Refusal(
         "speculation with recurrent layers",
         "speculative decoding of models with recurrent layers",
         lambda f: _if(bool(f.recurrent_layers), f.speculative_method),

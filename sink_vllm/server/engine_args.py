@@ -55,6 +55,7 @@ def _refuse_own_classes(engine_args: "EngineArgs") -> None:
     for option, value, default in (
         ("--scheduler-cls", engine_args.scheduler_cls, (None, SCHEDULER)),
         ("--worker-cls", engine_args.worker_cls, ("auto", CPU_WORKER, GPU_WORKER)),
+        ("--mamba-cache-mode", engine_args.mamba_cache_mode, (None, "none")),
     ):
         if value not in default:
             raise Refused(
@@ -133,8 +134,10 @@ def _engine_settings(
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         "additional_config": engine_args.additional_config | config.as_additional_config(),
     }
-    if model.recurrent and engine_args.enable_prefix_caching is None:
-        settings["enable_prefix_caching"] = False  # vLLM's default finds states by cache positions
+    whole_prompts = engine_args.enable_chunked_prefill is False
+    if model.recurrent and whole_prompts and engine_args.enable_prefix_caching is None:
+        # What is wrong with that is said below; vLLM would fail an assertion about states first.
+        settings["enable_prefix_caching"] = False
     own = {name: getattr(engine_args, name) for name in settings}
     for name, value in settings.items():
         setattr(engine_args, name, value)
@@ -165,6 +168,9 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig, longest: int) -> None
     if vllm_config.model_config.is_hybrid:
         # Tokens after which a stream would get another page for its state: more than it ever has.
         vllm_config.cache_config.mamba_block_size = config.max_model_len
+        # One state per stream also where prefixes are kept: vLLM would find the others by cache
+        # positions, which evictions shift (`engine/states.py`).
+        vllm_config.cache_config.mamba_cache_mode = "none"
     scheduler = vllm_config.scheduler_config
     if not scheduler.enable_chunked_prefill:
         # A prompt is begun in one step or not at all, also while all others decode.

@@ -9,14 +9,17 @@ from sink_vllm.compat.spec import check_pages, under_policy
 from sink_vllm.gate.lengths import rope_positions
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.plan import StepPlan
 from sink_vllm.worker.layers.attention import (
     AttentionLayer,
     attention_layers,
     check_windows,
     rope_rows,
 )
+from sink_vllm.worker.layers.recurrent import recurrent_layers
 from sink_vllm.worker.layers.rope_table import extend_rope_tables
 from sink_vllm.worker.moves.mover import PageMover
+from sink_vllm.worker.moves.states import StateMover
 from sink_vllm.worker.scratch import Scratch
 
 # vLLM's two model runners have no common base; what the mixins call, both of them have.
@@ -30,6 +33,7 @@ class StreamingLLMRunner(_Runner):
     """See ``sink_vllm.worker.plans``."""
     attention_layers: list[AttentionLayer]
     page_mover: PageMover
+    state_mover: StateMover
     page_scratch: Scratch
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -79,3 +83,12 @@ class StreamingLLMRunner(_Runner):
         check_windows(self.attention_layers)
         self.reserve_scratch()  # where nothing is measured: workers that join a running engine
         self.page_mover = PageMover.for_runner(self)
+        self.state_mover = StateMover(
+            (index_of[name], layer) for name, layer in recurrent_layers(self.vllm_config)
+        )
+
+    def run_moves(self, plan: StepPlan | None) -> None:
+        """Move pages, and copy states, before the step writes any."""
+        if plan is not None and plan.moves:
+            self.page_mover.run(plan.moves)
+            self.state_mover.run(plan.moves)

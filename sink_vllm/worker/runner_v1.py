@@ -75,8 +75,7 @@ class StreamingLLMRunnerV1(StreamingLLMRunner):
         self._plan = StepPlan.of(scheduler_output)
         self.rope_offsets.update(self._plan, scheduler_output.finished_req_ids)
         result = super()._update_states(scheduler_output)
-        if self._plan is not None and self._plan.moves:
-            self.page_mover.run(self._plan.moves)
+        self.run_moves(self._plan)
         return result
 
     def _update_streaming_request(

@@ -112,9 +112,7 @@ class StreamingLLMRunnerV2(StreamingLLMRunner):
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().update_requests(scheduler_output)
-        plan = StepPlan.of(scheduler_output)
-        if plan is not None and plan.moves:
-            self.page_mover.run(plan.moves)
+        self.run_moves(StepPlan.of(scheduler_output))
 
     def sample(
         self,

@@ -1,5 +1,6 @@
 """Models with recurrent layers: states run on, while attention forgets."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.support.judge import TOLERANCE, judge, random_tokens
 from tests.support.oracle_hf import HFOracle
 from tests.support.serving import Client, report, tiny_server
 
+PAGE = 64
 FALCON = next(one for one in HYBRIDS if one.name == "Falcon-H1")
 POLICY = FALCON.policy
 STREAM_PAGES = POLICY.capacity // POLICY.g + 1 + 1  # with a head page and a state
@@ -40,6 +42,7 @@ def engine(folder: Path) -> Iterator[Engine]:
             folder,
             POLICY,
             max_num_batched_tokens=48,
+            enable_prefix_caching=True,
             async_scheduling=True,
             num_gpu_blocks_override=2 * STREAM_PAGES + 3,
         ) as engine,
@@ -78,6 +81,53 @@ def test_streams_that_wait_for_pages_equal_the_judge(engine: Engine, folder: Pat
 
 
 @pytest.mark.engine
+def test_a_conversation_goes_on_from_its_state(engine: Engine, folder: Path) -> None:
+    """Three turns beside another stream, with chunks that end anywhere: what is sent again is not
+    computed again, and what follows is what the whole stream would have generated."""
+    oracle = HFOracle(folder)
+    conversation = random_tokens(170, 170)
+    for turn in range(3):
+        beside = random_tokens(20 + turn, 9 + turn)
+        answers = engine.greedy([conversation, beside], 70)
+        print(judge(oracle, POLICY, [conversation, beside], answers))
+        if turn:
+            assert answers[0].cached_tokens > POLICY.capacity
+            assert len(conversation) - answers[0].cached_tokens <= 25 + 1 + PAGE
+            assert answers[0].evictions >= 2
+        conversation = conversation + answers[0].tokens + random_tokens(25, turn)
+
+
+@pytest.mark.engine
+def test_random_requests_and_aborts_leave_all_pages_free(engine: Engine) -> None:
+    """Conversations that begin alike, sent again or cut off anywhere, on a pool for two."""
+    rng = random.Random(18)
+    llm: Any = engine.llm.llm_engine
+    sent = [random_tokens(rng.randint(1, 260), salt) for salt in range(3)]
+    evictions, found, sends, aborts = 0, 0, 0, 0
+    while sends < 100 or llm.has_unfinished_requests():
+        if sends < 100 and rng.random() < 0.4:
+            tokens = rng.choice(sent)
+            tokens = tokens[: rng.randint(1, len(tokens))] if rng.random() < 0.3 else tokens
+            params = greedy_params(rng.randint(1, 9))
+            llm.add_request(f"random {sends}", {"prompt_token_ids": tokens}, params)
+            sends += 1
+        if rng.random() < 0.04 and (running := list(engine.scheduler.requests)):
+            llm.abort_request([rng.choice(running)], internal=True)
+            aborts += 1
+        for output in llm.step():
+            if output.finished:
+                result = Generated.of(output)
+                evictions += result.evictions
+                found += result.cached_tokens > POLICY.capacity
+
+    check_all_free(engine)
+    print(evictions, found, aborts)
+    assert evictions >= 30
+    assert found >= 5
+    assert aborts >= 5
+
+
+@pytest.mark.engine
 def test_account_tells_that_a_state_was_rebuilt(engine: Engine, folder: Path) -> None:
     """An operator's reset: the stream goes on from its survivors as from a prompt, and says so."""
     llm: Any = engine.llm.llm_engine
@@ -111,9 +161,9 @@ def test_account_tells_that_a_state_was_rebuilt(engine: Engine, folder: Path) ->
 
 @pytest.mark.server
 def test_a_hybrid_over_http(folder: Path) -> None:
-    """Served without a word about recurrent layers: what vLLM would cache by default is off."""
+    """Served without a word about recurrent layers; a stored stream goes on from its state."""
     flags = ["--sink-window", str(POLICY.W), "--sink-stride", str(POLICY.g)]
-    with tiny_server(folder, *flags) as server:
+    with tiny_server(folder, *flags, environment={"VLLM_PLUGINS": "sink_vllm"}) as server:
         server.wait(lambda _waited: None)
         client = Client(server)
         evictions = client.counter("sink_vllm:evictions_total")
@@ -126,4 +176,18 @@ def test_a_hybrid_over_http(folder: Path) -> None:
         assert told["evictions"] == -(-(599 - POLICY.capacity) // POLICY.g)
         assert "rebuilds" not in told
         assert client.counter("sink_vllm:evictions_total") - evictions == told["evictions"]
+
+        created = client.http.post("/v1/streams", json={})
+        path = f"/v1/streams/{created.json()['id']}/append"
+        turns = []
+        for turn in range(4):
+            generate = {"temperature": 0, "max_tokens": 80, "ignore_eos": True}
+            tokens = random_tokens(60, turn)
+            answer = client.http.post(path, json={"tokens": tokens, "generate": generate})
+            assert answer.status_code == 200, answer.text
+            turns.append(answer.json())
+        assert [one["usage"]["resumed_from"] for one in turns[2:]] == ["cache", "cache"]
+        assert turns[3]["stream"]["evicted"] >= 5 * POLICY.g
+        assert turns[3]["usage"]["cached_tokens"] > POLICY.capacity
+        assert turns[3]["usage"]["computed_tokens"] <= 60 + 1 + PAGE
         client.wait_idle()

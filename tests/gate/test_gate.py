@@ -40,10 +40,6 @@ CASES: dict[str, tuple[Facts, str]] = {
     "bidirectional": (Facts(bidirectional=True), "LlamaForCausalLM"),
     "diffusion": (Facts(diffusion=True), "LlamaForCausalLM"),
     "recurrent layers": (Facts(recurrent_layers=("mamba1", "mamba2")), "['mamba1']"),
-    "prefix caching of recurrent layers": (
-        Facts(recurrent_layers=("mamba2",), prefix_caching=True),
-        "--enable-prefix-caching",
-    ),
     "speculation with recurrent layers": (
         Facts(recurrent_layers=("short_conv",), speculative_method="ngram"),
         "ngram",

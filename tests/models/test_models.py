@@ -21,7 +21,14 @@ from tests.support.engine import Engine, Generated, check_all_free, running_engi
 from tests.support.families import FAMILIES
 from tests.support.families_media import BEGIN, END, IMAGE, VIDEO
 from tests.support.family import Family, write_family
-from tests.support.judge import TOLERANCE, Verdict, judge, judge_rounded, random_tokens
+from tests.support.judge import (
+    TOLERANCE,
+    Verdict,
+    differences,
+    judge,
+    judge_rounded,
+    random_tokens,
+)
 from tests.support.models_table import markdown
 from tests.support.oracle import Oracle
 from tests.support.oracle_hf import HFOracle, classes_restored
@@ -54,7 +61,7 @@ def test_family_streams_exactly(
             folder,
             family.policy,
             max_num_batched_tokens=100,
-            enable_prefix_caching=not family.recurrent,
+            enable_prefix_caching=True,
             **family.engine,
         ) as engine,
     ):
@@ -63,7 +70,7 @@ def test_family_streams_exactly(
         check_all_free(engine)
         still = [not layer.rotation for layer in engine.runner.attention_layers]
         model = type(engine.runner.get_model()).__name__
-        conversation = [] if family.recurrent else list(converse(engine, family))
+        conversation = list(converse(engine, family))
         check_all_free(engine)
 
     oracle = HFOracle(folder)
@@ -71,8 +78,13 @@ def test_family_streams_exactly(
     record_property("verdict", str(verdict))
     print(family.name, verdict, [len(set(one.tokens)) for one in generated])
     check(family, verdict, generated, model, still)
-    for prompts, answers in conversation:
-        judge(oracle, family.policy, prompts, answers)
+    if family.dtype == "float32":
+        for prompts, answers in conversation:
+            judge(oracle, family.policy, prompts, answers)
+    else:
+        _, (prompts, resumed), (_, whole) = conversation
+        rounding = differences(oracle, family.policy, prompts, whole)
+        judge_rounded(oracle, family.policy, prompts, resumed, rounding)
 
 
 def converse(engine: Engine, family: Family) -> Iterator[tuple[list[list[int]], list[Generated]]]:
@@ -81,7 +93,8 @@ def converse(engine: Engine, family: Family) -> Iterator[tuple[list[list[int]], 
     It goes on from cached pages behind evictions where the family is ``resumed``.
 
     Yields:
-        What was sent, and the answers, whose tokens are the judge's to say.
+        What was sent, and the answers, whose tokens are the judge's to say. Where that is a matter
+        of rounding, at last what was sent again, from its start on and not from the cache.
     """
     engine.forget_prefixes()
     capacity = family.policy.capacity
@@ -93,6 +106,11 @@ def converse(engine: Engine, family: Family) -> Iterator[tuple[list[list[int]], 
     answers = engine.greedy(resent, TURN)
     assert (answers[0].cached_tokens > capacity) is family.resumed
     yield resent, answers
+    if family.dtype != "float32":
+        engine.forget_prefixes()
+        whole = engine.greedy(resent, TURN)
+        assert whole[0].cached_tokens == 0
+        yield resent, whole
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def test_numbers_follow_the_page_that_holds_a_state(model: str, block_size: int 
     assert policy.capacity == 128
     assert policy.recurrent
     assert config.cache_config.mamba_block_size == policy.capacity + 1
-    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.enable_prefix_caching
     assert config.cache_config.mamba_cache_mode == "none"
 
 
@@ -59,9 +59,22 @@ def test_cache_that_is_too_short_for_the_page(model: str) -> None:
     assert SinkConfig.of(build(model, SINK, max_model_len=69)) is not None
 
 
-def test_prefix_caching_that_was_asked_for_is_refused(model: str) -> None:
-    with pytest.raises(Refused, match=r"\(--enable-prefix-caching\): .*drop --enable-prefix-cach"):
-        build(model, SINK, enable_prefix_caching=True)
+def test_prefix_caching_can_be_switched_off(model: str) -> None:
+    config = build(model, SINK, enable_prefix_caching=False)
+
+    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.mamba_cache_mode == "none"
+
+
+def test_prompts_that_do_not_come_in_chunks(model: str) -> None:
+    """Refused by the sentence for all models; vLLM would fail an assertion first."""
+    with pytest.raises(Refused, match=r"\(--no-enable-chunked-prefill\)"):
+        build(model, SINK, enable_chunked_prefill=False)
+
+
+def test_vllms_own_way_of_keeping_states_is_refused(model: str) -> None:
+    with pytest.raises(Refused, match=r"^--mamba-cache-mode='align' contradicts --kv-policy sink"):
+        build(model, SINK, mamba_cache_mode="align")
 
 
 def test_without_the_policy_nothing_is_decided(model: str) -> None:

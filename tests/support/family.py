@@ -91,9 +91,8 @@ class Family:
 
     @property
     def resumed(self) -> bool:
-        """Whether prefixes are kept: vLLM does not on CPUs for latent attention, nor do we beside
-        recurrent states."""
-        return "kv_lora_rank" not in self.settings and not self.recurrent
+        """Whether prefixes are kept: vLLM does not on CPUs for latent attention."""
+        return "kv_lora_rank" not in self.settings
 
     @property
     def engine(self) -> dict[str, Any]:

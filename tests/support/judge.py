@@ -42,7 +42,11 @@ class Verdict:
 
 
 def judge_rounded(
-    oracle: Oracle, policy: Policy, prompts: Sequence[Sequence[int]], generated: Sequence[Generated]
+    oracle: Oracle,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Generated],
+    rounding: Sequence[float] = (),
 ) -> Verdict:
     """The same for an engine of fewer bits than the oracle: evictions must not add to rounding.
 
@@ -51,16 +55,23 @@ def judge_rounded(
     Qwen3.5 was 0.014 to 0.029 without any eviction. The largest is a matter of chance: there are
     ten times as many tokens afterwards. Twice as much is not let through: without the four sinks,
     or with eight, it would be 2.1 to 3.8 times (Qwen3.5, Qwen3-Next).
+
+    Args:
+        oracle: of the checkpoint.
+        policy: of the engine.
+        prompts: of the streams.
+        generated: by the engine.
+        rounding: what it did elsewhere (``differences``), for prompts longer than the cache.
     """
     expected = _expected(oracle, policy, prompts, generated)
-    before: list[float] = []
+    before = list(rounding)
     after: list[float] = []
     for prompt, truth, result in zip(prompts, expected, generated, strict=True):
         assert result.evictions == truth.evictions, (result.evictions, truth.evictions)
-        differences = [abs(a - b) for a, b in zip(truth.logprobs, result.logprobs, strict=True)]
+        found = [abs(a - b) for a, b in zip(truth.logprobs, result.logprobs, strict=True)]
         first = max(policy.capacity + 1 - len(prompt), 0)
-        before += differences[:first]
-        after += differences[first:]
+        before += found[:first]
+        after += found[first:]
     assert len(before) >= 50
     for share in (0.5, 0.9):
         once, later = _quantile(before, share), _quantile(after, share)
@@ -74,6 +85,18 @@ def judge_rounded(
         least_reanchorings=min(result.reanchorings for result in generated),
         before_evictions=max(before),
     )
+
+
+def differences(
+    oracle: Oracle, policy: Policy, prompts: Sequence[Sequence[int]], generated: Sequence[Generated]
+) -> list[float]:
+    """Of all log-probabilities of streams from those of the oracle along their tokens."""
+    expected = _expected(oracle, policy, prompts, generated)
+    return [
+        abs(a - b)
+        for truth, result in zip(expected, generated, strict=True)
+        for a, b in zip(truth.logprobs, result.logprobs, strict=True)
+    ]
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -343,7 +343,7 @@ class Episode:
             self.settings = replace(self.settings, drafts=drafts, budget=budget)
         states = random.Random(f"{seed} states").choice((0, 0, 0, 0, 0, 0, 1, 3))
         if states:
-            self.settings = replace(self.settings, recurrent=states, caching=False, drafts=0)
+            self.settings = replace(self.settings, recurrent=states, drafts=0)
         self.watch = Watch(self.settings)
         self.arrivals = rng.randint(2, 6)
         self.eager = rng.choice((0.1, 0.3, 1.0))
@@ -382,6 +382,7 @@ class Episode:
             reach[name] += getattr(self.settings, name)
         reach["windowed"] += self.settings.native_window > 0
         reach["recurrent"] += self.settings.recurrent > 0
+        reach["states found"] += watch.core.model.content.copied
         reach["drafts accepted"] += watch.core.model.accepted
         return reach
 

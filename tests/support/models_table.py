@@ -29,9 +29,8 @@ float32 before the first eviction: its median and 90th percentile may at most do
 Streams have 500 tokens, 100 different ones among them, and 10 or more evictions (650 and 8
 where a page that holds a state is larger), and a re-anchoring where keys are rotated (with ALiBi
 and NoPE they are not). On V1 a conversation past the capacity is sent again, too, and resumed from
-the cache (not with latent attention, for which vLLM keeps no prefixes on CPUs, nor with recurrent
-layers). The streams are the same ones on both of vLLM's model runners, where the column does not
-say that it was not run:
+the cache (not with latent attention, for which vLLM keeps no prefixes on CPUs). The streams are the
+same ones on both of vLLM's model runners, where the column does not say that it was not run:
 
 - **V1**, which vLLM uses on CPUs;
 - **V2**, which it uses on GPUs, here under Triton's interpreter.

@@ -6,7 +6,7 @@ of all tokens so far, evicted ones included. So a chunk that would be computed o
 tokens before it is noticed, and so is a request whose tokens the scheduler counts differently.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -44,6 +44,10 @@ class PageContent:
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What the state of a request must be, and its last token; it begins anew where nothing is
     computed yet."""
+    prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """What clients sent first, by request: a state may begin as that after some of it."""
+    copied: int = 0
+    """Requests that began with a state of the prefix cache."""
 
     def execute(self, planned: SchedulerOutput) -> list[str]:
         """Run a step; returns the requests to sample for.
@@ -114,10 +118,10 @@ class PageContent:
     def _run_states(self, request_id: str, chunk: int) -> None:
         """A state goes on from what is in its page, unless its request begins."""
         row = self.rows[request_id]
-        known, last = self.states[request_id] if row.computed else (0, None)
+        known, last = self._state_before(request_id) if row.computed else (0, None)
         for group, window in enumerate(self.windows):
             if window == self.RECURRENT and row.computed:
-                found = self.pages[group, row.tables[group][0]]
+                found = self._page(group, row.tables[group][0])
                 assert found == [known], f"{request_id}: the state of others, {found}, not {known}"
         if row.computed:
             wanted = row.tokens[row.computed - 1]
@@ -129,6 +133,26 @@ class PageContent:
         for group, window in enumerate(self.windows):
             if window == self.RECURRENT:
                 self.pages[group, row.tables[group][0]] = [known]
+
+    def _state_before(self, request_id: str) -> tuple[int, int]:
+        """What the state of a request must be before a step: that after the step before, or after
+        as many tokens of its own, evicted ones too, if it comes from the prefix cache."""
+        row = self.rows[request_id]
+        if request_id in self.states:
+            known, last = self.states[request_id]
+            groups = [one for one, window in enumerate(self.windows) if window == self.RECURRENT]
+            if all(self._page(one, row.tables[one][0]) == [known] for one in groups):
+                return known, last
+        self.copied += 1
+        known, last = 0, -1
+        for token in self._tokens_before(request_id, row):
+            known, last = hash((known, token)), token
+        return known, last
+
+    def _tokens_before(self, request_id: str, row: Row) -> Sequence[int]:
+        if not row.evicted or request_id in self.states:
+            return row.tokens[: row.computed]  # the survivors of which it was built anew
+        return self.prompts[request_id][: row.evicted + row.computed]
 
     def _page(self, group: int, page: int) -> list[int]:
         return self.pages.setdefault((group, page), [-1] * self.block_size)

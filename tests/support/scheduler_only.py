@@ -42,7 +42,11 @@ from vllm.v1.structured_output.backend_types import (
     StructuredOutputGrammar,
 )
 
-from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec
+from sink_vllm.compat.spec import (
+    StreamingLLMSpec,
+    StreamingLLMStateSpec,
+    StreamingLLMWindowSpec,
+)
 from sink_vllm.engine.scheduler import make_scheduler
 from sink_vllm.plugin import register
 from sink_vllm.policy.config import SinkConfig
@@ -82,7 +86,7 @@ class Settings:
     """Of windowed layers with page tables of their own; 0: there are none."""
     windowed_first: bool = False
     recurrent: int = 0
-    """Groups of recurrent layers, with page tables of their own; without prefix caching."""
+    """Groups of recurrent layers, with page tables of their own."""
     log_stats: bool = False
     drafts: int = 0
     """Tokens per request and step that n-grams suggest; 0: no speculation."""
@@ -131,7 +135,7 @@ def finished_config(settings: Settings) -> VllmConfig:
         model.hf_text_config = text
     cache = config.cache_config = copy.copy(base.cache_config)
     cache.block_size = settings.block_size
-    cache.enable_prefix_caching = settings.caching and not settings.recurrent
+    cache.enable_prefix_caching = settings.caching
     scheduler = config.scheduler_config = copy.copy(base.scheduler_config)
     scheduler.max_num_seqs = settings.max_seqs
     scheduler.max_num_batched_tokens = max(settings.budget, settings.max_seqs)
@@ -153,8 +157,8 @@ def finished_config(settings: Settings) -> VllmConfig:
 
 def _groups(settings: Settings) -> list[KVCacheSpec]:
     attention = _attention_groups(settings)
-    states = MambaSpec(
-        block_size=settings.schedule.capacity + 1,
+    states = StreamingLLMStateSpec(
+        block_size=settings.block_size,
         shapes=((1,),),
         dtypes=(torch.float32,),
         page_size_padded=attention[0].page_size_bytes,
@@ -333,6 +337,7 @@ class Core(EngineCore):
     def __init__(self, settings: Settings) -> None:  # does without vLLM's, which needs a model
         _, manager = _base()
         self.settings = settings
+        self.prompts: dict[str, list[int]] = {}
         self.vllm_config = config = finished_config(settings)
         self.log_stats = settings.log_stats
         self.compiler = _Compiler()
@@ -366,7 +371,7 @@ class Core(EngineCore):
             else getattr(one, "sliding_window", None) or 0
             for one in specs
         ]
-        content = PageContent(settings.block_size, windows)
+        content = PageContent(settings.block_size, windows, prompts=self.prompts)
         self.model = NoModel(self.scheduler.requests, content, drafts=settings.drafts)
         self.model_executor = self.model
         self.use_spec_decode = self.check_for_draft_tokens = bool(settings.drafts)
@@ -433,6 +438,7 @@ class Core(EngineCore):
             stop: token ids that end the answer.
         """
         self._arrivals += 1
+        self.prompts.setdefault(request_id, list(tokens))
         params = SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,

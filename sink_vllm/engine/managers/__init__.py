@@ -7,10 +7,15 @@ def register() -> None:
     ``_ensure_registered`` comes first: vLLM registers its own specs only while the registry is
     empty, so a plugin that comes first would suppress all of them.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec
+    from sink_vllm.compat.spec import (
+        StreamingLLMSpec,
+        StreamingLLMStateSpec,
+        StreamingLLMWindowSpec,
+    )
+    from sink_vllm.engine.managers.recurrent import StreamingLLMStateManager
     from sink_vllm.engine.managers.streaming import StreamingLLMManager
     from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
 
@@ -24,4 +29,9 @@ def register() -> None:
         StreamingLLMWindowSpec,
         manager_class=StreamingLLMWindowManager,
         uniform_type_base_spec=SlidingWindowSpec,
+    )
+    KVCacheSpecRegistry.register(
+        StreamingLLMStateSpec,
+        manager_class=StreamingLLMStateManager,
+        uniform_type_base_spec=MambaSpec,
     )

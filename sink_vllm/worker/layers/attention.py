@@ -14,7 +14,6 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.rotary_embedding import (
     DualChunkRotaryEmbedding,
     Phi3LongRoPEScaledRotaryEmbedding,
@@ -22,6 +21,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_vllm.gate.refusals import FP8_KV_DTYPES
+from sink_vllm.worker.layers.recurrent import recurrent_layers
 from sink_vllm.worker.layers.rotation import Rotation
 from sink_vllm.worker.layers.rotation_longrope import LongRotation
 from sink_vllm.worker.layers.rotation_transformers import (
@@ -30,8 +30,6 @@ from sink_vllm.worker.layers.rotation_transformers import (
     kind_of_layer,
 )
 
-_RECURRENT = ("GDN_ATTN", "MAMBA2", "SHORT_CONV")
-"""Attention backends of recurrent layers whose states run on; see ``refusals.RECURRENT_LAYERS``."""
 # The last two are rotary modules of vLLM that do not derive from its base class.
 _ROTARY = (RotaryEmbeddingBase, DualChunkRotaryEmbedding, Phi3LongRoPEScaledRotaryEmbedding)
 
@@ -67,8 +65,8 @@ def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[Attentio
     """All attention layers of this worker, in the order of the model.
 
     Layers that share the cache of another layer (``kv_sharing_target_layer_name``) are left out,
-    their pages are moved with it. So are recurrent layers, whose pages nobody touches: they hold a
-    state, in which no token has a place. Callable as soon as the model is loaded.
+    their pages are moved with it. So are recurrent layers, in whose pages no token has a place
+    (``recurrent``). Callable as soon as the model is loaded.
 
     Raises:
         ValueError: a layer caches something else than keys and values, or its rotary module
@@ -128,10 +126,9 @@ def check_windows(layers: Iterable[AttentionLayer]) -> None:
 
 
 def _cached(vllm_config: VllmConfig) -> Iterator[tuple[str, Attention | MLAAttention]]:
+    recurrent = dict(recurrent_layers(vllm_config))
     for name, module in vllm_config.compilation_config.static_forward_context.items():
-        if not isinstance(module, AttentionLayerBase):
-            continue
-        if isinstance(module, MambaBase) and module.mamba_type.name in _RECURRENT:
+        if not isinstance(module, AttentionLayerBase) or name in recurrent:
             continue
         if not isinstance(module, (Attention, MLAAttention)):
             raise ValueError(
