@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.kv_cache_interface import (
@@ -152,28 +152,37 @@ def under_policy(
     return wrapper.wrap(spec, config, rope_rows, block_size)
 
 
-def check_pages(specs: Mapping[str, KVCacheSpec]) -> None:
-    """Refuse layers whose pages differ in size: vLLM gives the smaller ones more tokens per page.
+def with_equal_pages(specs: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """Specs whose pages all have the same size and stand for the same tokens.
 
-    Then pages of several tables would no longer stand for the same tokens.
+    Layers that differ in shape have pages of several sizes. If all of them share the table of a
+    stream, vLLM gives each layer its own size. Tables of several groups take their pages from one
+    pool, whose pages have one size; vLLM would give the smaller layers more tokens per page, and
+    pages of several tables would no longer stand for the same tokens. So the smaller pages are
+    padded here, which costs their layers memory.
 
     Args:
         specs: by layer, under the policy.
 
     Raises:
-        ValueError: names two layers and their sizes.
+        ValueError: pages of latent attention would have to be padded; names the layer.
     """
-    sizes: dict[int, str] = {}
+    pages = {name: one.page_size_bytes for name, one in specs.items()}
+    if all(isinstance(one, StreamingLLMSpec) for one in specs.values()):
+        return dict(specs)
+    largest = max(pages.values(), default=0)
+    padded = dict(specs)
     for name, spec in specs.items():
-        if isinstance(spec, (StreamingLLMSpec, StreamingLLMWindowSpec)):
-            sizes.setdefault(spec.page_size_bytes, name)
-    if len(sizes) > 1:
-        (one, first), (other, second) = list(sizes.items())[:2]
-        raise ValueError(
-            f"{first} has pages of {one} bytes and {second} has pages of {other}: attention layers "
-            f"that differ in shape do not share tables of pages yet; serve this model with "
-            f"--kv-policy full."
-        )
+        if pages[name] == largest or not isinstance(spec, AttentionSpec):
+            continue
+        if isinstance(spec, MLAAttentionSpec):
+            raise ValueError(
+                f"{name} has pages of {pages[name]} bytes and other layers have pages of "
+                f"{largest}, to which those of latent attention cannot be padded; serve this model "
+                f"with --kv-policy full."
+            )
+        padded[name] = replace(spec, page_size_padded=largest)
+    return padded
 
 
 def _check_state(spec: MambaSpec) -> None:

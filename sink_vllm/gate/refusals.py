@@ -206,20 +206,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
-        "unequal layers",
-        "models whose attention layers differ in shape",
-        lambda f: _if(f.unequal_layers, f.architecture),
-        "vLLM manages their pages in several groups",
-        _OTHER_MODEL,
-    ),
-    Refusal(
-        "shared KV layers",
-        "layers that read another layer's KV cache",
-        lambda f: f.shared_kv_layers,
-        "their keys would be moved twice",
-        _OTHER_MODEL,
-    ),
-    Refusal(
         "learned absolute positions",
         "positions that are not rotary (RoPE), such as learned absolute embeddings",
         lambda f: _if(f.positions == "other", f.architecture),

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
-from sink_vllm.compat.spec import check_pages, under_policy
+from sink_vllm.compat.spec import under_policy, with_equal_pages
 from sink_vllm.gate.lengths import rope_positions
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
@@ -58,11 +58,9 @@ class StreamingLLMRunner(_Runner):
         block_size = self.cache_config.block_size
         specs = super().get_kv_cache_spec()
         with refusals():
-            ours = {
-                name: under_policy(spec, config, rows, block_size) for name, spec in specs.items()
-            }
-            check_pages(ours)
-        return ours
+            return with_equal_pages(
+                {name: under_policy(spec, config, rows, block_size) for name, spec in specs.items()}
+            )
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any

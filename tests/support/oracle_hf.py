@@ -154,6 +154,35 @@ class _RotaryGPTJ(_Rotary):
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
 
+class _RotaryGemma4(_Rotary):
+    """Query and key are rotated in two calls, query first; layers that read the cache of another
+    layer have no key, and are given that of the other, as it was rotated there."""
+
+    calls = 0
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        super().__init__(model, capacity)
+        config = model.get_decoder().config
+        owners = config.num_hidden_layers - config.num_kv_shared_layers
+        self.is_key = [False, True] * owners + [False] * config.num_kv_shared_layers
+        """Call by call of a forward pass."""
+
+    def apply(self, tensor: torch.Tensor, *angles: torch.Tensor, **named: int) -> torch.Tensor:  # type: ignore[override]
+        assert self.original is not None
+        is_key = self.is_key[self.calls % len(self.is_key)]
+        self.calls += 1
+        if not is_key:
+            rotated: torch.Tensor = self.original(tensor, *angles, **named)
+            return rotated
+        self.cache.rotate = self._rotated
+        return tensor
+
+    def _rotated(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+        assert self.original is not None
+        rotated: torch.Tensor = self.original(keys, *self._angles_of(layer, keys.shape[2]))
+        return rotated
+
+
 class _RotaryComplex(_Rotary):
     """Angles are complex numbers."""
 
@@ -177,6 +206,8 @@ class _RotaryDeepseekV3(_Rotary):
 
 _ROTARIES = {
     "gptj": _RotaryGPTJ,
+    "gemma3n_text": _RotaryGemma4,
+    "gemma4_text": _RotaryGemma4,
     "deepseek_v2": _RotaryComplex,
     "deepseek_v3": _RotaryDeepseekV3,
     "glm4_moe_lite": _RotaryDeepseekV3,
