@@ -241,14 +241,21 @@ def _as_configured(model: Any) -> Any:
     """Where transformers' code is another function than the configuration says.
 
     BLOOM's GELU is approximated; the routers of MiniMax M2 and Step 3.5 are sigmoids, whatever
-    vLLM reads there. Either shows before any eviction.
+    vLLM reads there; vLLM's class of Gemma 3n's text looks up no embeddings per layer, which its
+    multimodal class does for it. Each shows before any eviction.
     """
     for module in model.modules():
         if type(module).__name__ == "BloomGelu":
             module.forward = torch.nn.functional.gelu
         elif type(module).__name__ in ("MiniMaxM2TopKRouter", "Step3p7TopKRouter"):
             module.forward = functools.partial(_softmax_routes, module)
+        elif type(module).__name__ == "Gemma3nTextModel":
+            module.get_per_layer_inputs = _no_embeddings
     return model.eval()
+
+
+def _no_embeddings(_: torch.Tensor) -> None:
+    """What Gemma 3n adds to its layers is then made of hidden states alone."""
 
 
 def _softmax_routes(
@@ -280,8 +287,8 @@ class HFModel:
             # It was trained with one token more than its window says; vLLM adds it, transformers
             # does not.
             config.sliding_window += 1
-        if config.model_type == "kimi_k25":
-            # Its tokens that stand for media are masked, media or not; in a text they are tokens.
+        if config.model_type in ("kimi_k25", "gemma4"):
+            # Their tokens that stand for media are masked, media or not; in a text they are tokens.
             config.image_token_id = config.video_token_id = -1
         # Multimodal models have no entry among causal language models.
         known = type(config).__name__.replace("Config", "ForConditionalGeneration")
