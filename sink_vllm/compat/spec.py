@@ -10,12 +10,15 @@ from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVCacheConfig,
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    iter_layer_specs,
     replace_as,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sink_vllm.policy.request_options import most_sink_tokens
 from sink_vllm.policy.schedule import Schedule, cdiv, pages_per_stream
@@ -152,37 +155,62 @@ def under_policy(
     return wrapper.wrap(spec, config, rope_rows, block_size)
 
 
-def with_equal_pages(specs: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-    """Specs whose pages all have the same size and stand for the same tokens.
+def with_equal_pages(
+    specs: Mapping[str, KVCacheSpec], layout: str | None = None
+) -> dict[str, KVCacheSpec]:
+    """Specs whose pages stand for the same tokens in all tables, also if layers differ in shape.
 
-    Layers that differ in shape have pages of several sizes. If all of them share the table of a
-    stream, vLLM gives each layer its own size. Tables of several groups take their pages from one
-    pool, whose pages have one size; vLLM would give the smaller layers more tokens per page, and
-    pages of several tables would no longer stand for the same tokens. So the smaller pages are
-    padded here, which costs their layers memory.
+    Layers that share the one table of a stream may have pages of several sizes. Tables of several
+    groups take their pages from one pool, and there vLLM makes pages equal by giving smaller layers
+    more tokens per page. So the smaller pages are padded before vLLM sees them, which costs their
+    layers memory; but for layouts of memory in which vLLM packs pages of several sizes side by
+    side, as many layers to a page of the pool as it holds.
 
     Args:
         specs: by layer, under the policy.
+        layout: vLLM's name of the one that was asked for, if any.
 
     Raises:
         ValueError: pages of latent attention would have to be padded; names the layer.
     """
-    pages = {name: one.page_size_bytes for name, one in specs.items()}
-    if all(isinstance(one, StreamingLLMSpec) for one in specs.values()):
+    one_table = all(isinstance(one, StreamingLLMSpec) for one in specs.values())
+    if one_table or packs_pages(layout):
         return dict(specs)
-    largest = max(pages.values(), default=0)
+    largest = max((one.page_size_bytes for one in specs.values()), default=0)
     padded = dict(specs)
     for name, spec in specs.items():
-        if pages[name] == largest or not isinstance(spec, AttentionSpec):
+        if spec.page_size_bytes == largest or not isinstance(spec, AttentionSpec):
             continue
         if isinstance(spec, MLAAttentionSpec):
             raise ValueError(
-                f"{name} has pages of {pages[name]} bytes and other layers have pages of "
+                f"{name} has pages of {spec.page_size_bytes} bytes and other layers have pages of "
                 f"{largest}, to which those of latent attention cannot be padded; serve this model "
                 f"with --kv-policy full."
             )
         padded[name] = replace(spec, page_size_padded=largest)
     return padded
+
+
+def packs_pages(layout: str | None) -> bool:
+    """Whether vLLM packs pages of several sizes into the blocks of a layout of memory."""
+    known = KVCacheLayout.__members__.get((layout or "").upper())
+    return known is not None and known.is_block_outermost and known.is_block_compact
+
+
+def check_groups(kv_cache_config: KVCacheConfig, block_size: int) -> None:
+    """Refuse groups of attention layers whose pages do not have ``block_size`` tokens.
+
+    Raises:
+        ValueError: names a layer.
+    """
+    for group in kv_cache_config.kv_cache_groups:
+        for spec in iter_layer_specs(group.kv_cache_spec):
+            if isinstance(spec, AttentionSpec) and spec.block_size != block_size:
+                raise ValueError(
+                    f"{group.layer_names[0]}: vLLM gives its pages {spec.block_size} tokens and "
+                    f"others {block_size}, and an eviction drops the same pages from all tables; "
+                    f"unset VLLM_KV_CACHE_LAYOUT, or serve this model with --kv-policy full."
+                )
 
 
 def _check_state(spec: MambaSpec) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     cleanup_dist_env_and_memory,
@@ -71,7 +72,11 @@ def outline_of(vllm_config: VllmConfig) -> Outline:
             block_size = vllm_config.cache_config.block_size
             ours = with_equal_pages(
                 # Rows of the RoPE table decide when keys are rotated, not how many there are.
-                {name: under_policy(spec, config, None, block_size) for name, spec in specs.items()}
+                {
+                    name: under_policy(spec, config, None, block_size)
+                    for name, spec in specs.items()
+                },
+                envs.VLLM_KV_CACHE_LAYOUT,
             )
         layouts = WorkerBase.get_supported_kv_cache_layouts(runner)
         resolve_kv_cache_layout(vllm_config, [layouts], ours.values())

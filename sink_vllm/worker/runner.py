@@ -2,10 +2,11 @@
 
 from typing import Any, ClassVar
 
+from vllm import envs
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
-from sink_vllm.compat.spec import under_policy, with_equal_pages
+from sink_vllm.compat.spec import check_groups, under_policy, with_equal_pages
 from sink_vllm.gate.lengths import rope_positions
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
@@ -58,13 +59,16 @@ class StreamingLLMRunner(_Runner):
         block_size = self.cache_config.block_size
         specs = super().get_kv_cache_spec()
         with refusals():
-            return with_equal_pages(
-                {name: under_policy(spec, config, rows, block_size) for name, spec in specs.items()}
-            )
+            ours = {
+                name: under_policy(spec, config, rows, block_size) for name, spec in specs.items()
+            }
+            return with_equal_pages(ours, envs.VLLM_KV_CACHE_LAYOUT)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
+        with refusals():
+            check_groups(kv_cache_config, self.cache_config.block_size)
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         with refusals():
             self._bind_pages(kv_cache_config)
