@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
     iter_layer_specs,
     replace_as,
 )
@@ -211,6 +212,27 @@ def check_groups(kv_cache_config: KVCacheConfig, block_size: int) -> None:
                     f"others {block_size}, and an eviction drops the same pages from all tables; "
                     f"unset VLLM_KV_CACHE_LAYOUT, or serve this model with --kv-policy full."
                 )
+
+
+def with_shared_layers(kv_cache_config: KVCacheConfig, owners: Mapping[str, str]) -> KVCacheConfig:
+    """The configuration with the specs of layers that read the cache of another layer.
+
+    vLLM's runners put such layers into the group of their owners, and look their specs up there if
+    the group has pages of several sizes; but nobody puts the specs in.
+
+    Args:
+        kv_cache_config: of a worker; it stays as it is.
+        owners: by the name of a layer that reads another's cache: the layer that has it.
+    """
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            specs = dict(spec.kv_cache_specs)
+            specs |= {name: specs[owner] for name, owner in owners.items() if owner in specs}
+            group = replace(group, kv_cache_spec=replace(spec, kv_cache_specs=specs))
+        groups.append(group)
+    return replace(kv_cache_config, kv_cache_groups=groups)
 
 
 def _check_state(spec: MambaSpec) -> None:

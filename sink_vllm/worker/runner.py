@@ -6,7 +6,12 @@ from vllm import envs
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
-from sink_vllm.compat.spec import check_groups, under_policy, with_equal_pages
+from sink_vllm.compat.spec import (
+    check_groups,
+    under_policy,
+    with_equal_pages,
+    with_shared_layers,
+)
 from sink_vllm.gate.lengths import rope_positions
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
@@ -15,6 +20,7 @@ from sink_vllm.worker.layers.attention import (
     attention_layers,
     check_windows,
     rope_rows,
+    shared_layers,
 )
 from sink_vllm.worker.layers.rope_table import extend_rope_tables
 from sink_vllm.worker.moves.mover import PageMover
@@ -69,6 +75,7 @@ class StreamingLLMRunner(_Runner):
     ) -> None:
         with refusals():
             check_groups(kv_cache_config, self.cache_config.block_size)
+        kv_cache_config = with_shared_layers(kv_cache_config, shared_layers(self.vllm_config))
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         with refusals():
             self._bind_pages(kv_cache_config)
