@@ -206,6 +206,14 @@ REFUSALS: tuple[Refusal, ...] = (
         _OTHER_MODEL,
     ),
     Refusal(
+        "values of another size on CPUs",
+        "values that are shorter than their keys on CPUs",
+        lambda f: f.value_size if f.platform == "cpu" else None,
+        "vLLM has no kernels for such attention there",
+        "run on a GPU",
+        final=True,
+    ),
+    Refusal(
         "learned absolute positions",
         "positions that are not rotary (RoPE), such as learned absolute embeddings",
         lambda f: _if(f.positions == "other", f.architecture),
