@@ -32,11 +32,18 @@ class Shape:
     block_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     """Of the cache: bytes stand for fp8, as in vLLM."""
+    value_size: int | None = None
+    """Numbers of a value; ``None``: as many as of a key."""
+
+    @property
+    def content(self) -> int:
+        """Numbers of a token of a head."""
+        return self.head_size + (self.value_size or self.head_size)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of one layer, keys and values."""
-        return 2 * self.kv_heads * self.block_size * self.head_size * self.dtype.itemsize
+        return self.kv_heads * self.block_size * self.content * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ def attention_layers(
         block_size=shape.block_size,
         num_kv_heads=shape.kv_heads,
         head_size=shape.head_size,
+        head_size_v=shape.content - shape.head_size,
         dtype=shape.dtype,
     )
     names = [f"model.layers.{i}.self_attn.attn" for i in range(shape.layers)]
@@ -76,7 +84,7 @@ def attention_layers(
     known: dict[str, Any] = {
         "num_kv_heads": shape.kv_heads,
         "head_size": shape.head_size,
-        "head_size_v": shape.head_size,
+        "head_size_v": shape.content - shape.head_size,
         "attn_backend": Backend(),
         "kv_cache_dtype": "fp8" if shape.dtype == torch.uint8 else "auto",
     }

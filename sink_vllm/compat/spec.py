@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVCacheConfig,
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+    iter_layer_specs,
     replace_as,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sink_vllm.policy.request_options import most_sink_tokens
 from sink_vllm.policy.schedule import Schedule, cdiv, pages_per_stream
@@ -155,28 +159,83 @@ def under_policy(
     return wrapper.wrap(spec, config, rope_rows, block_size)
 
 
-def check_pages(specs: Mapping[str, KVCacheSpec]) -> None:
-    """Refuse layers whose pages differ in size: vLLM gives the smaller ones more tokens per page.
+def with_equal_pages(
+    specs: Mapping[str, KVCacheSpec], layout: str | None = None
+) -> dict[str, KVCacheSpec]:
+    """Specs whose pages stand for the same tokens in all tables, also if layers differ in shape.
 
-    Then pages of several tables would no longer stand for the same tokens.
+    Layers that share the one table of a stream may have pages of several sizes. Tables of several
+    groups take their pages from one pool, and there vLLM makes pages equal by giving smaller layers
+    more tokens per page. So the smaller pages are padded before vLLM sees them, which costs their
+    layers memory; but for layouts of memory in which vLLM packs pages of several sizes side by
+    side, as many layers to a page of the pool as it holds.
 
     Args:
         specs: by layer, under the policy.
+        layout: vLLM's name of the one that was asked for, if any.
 
     Raises:
-        ValueError: names two layers and their sizes.
+        ValueError: pages of latent attention would have to be padded; names the layer.
     """
-    sizes: dict[int, str] = {}
+    one_table = all(isinstance(one, StreamingLLMSpec) for one in specs.values())
+    if one_table or packs_pages(layout):
+        return dict(specs)
+    largest = max((one.page_size_bytes for one in specs.values()), default=0)
+    padded = dict(specs)
     for name, spec in specs.items():
-        if isinstance(spec, (StreamingLLMSpec, StreamingLLMWindowSpec)):
-            sizes.setdefault(spec.page_size_bytes, name)
-    if len(sizes) > 1:
-        (one, first), (other, second) = list(sizes.items())[:2]
-        raise ValueError(
-            f"{first} has pages of {one} bytes and {second} has pages of {other}: attention layers "
-            f"that differ in shape do not share tables of pages yet; serve this model with "
-            f"--kv-policy full."
-        )
+        if spec.page_size_bytes == largest or not isinstance(spec, AttentionSpec):
+            continue
+        if isinstance(spec, MLAAttentionSpec):
+            raise ValueError(
+                f"{name} has pages of {spec.page_size_bytes} bytes and other layers have pages of "
+                f"{largest}, to which those of latent attention cannot be padded; serve this model "
+                f"with --kv-policy full."
+            )
+        padded[name] = replace(spec, page_size_padded=largest)
+    return padded
+
+
+def packs_pages(layout: str | None) -> bool:
+    """Whether vLLM packs pages of several sizes into the blocks of a layout of memory."""
+    known = KVCacheLayout.__members__.get((layout or "").upper())
+    return known is not None and known.is_block_outermost and known.is_block_compact
+
+
+def check_groups(kv_cache_config: KVCacheConfig, block_size: int) -> None:
+    """Refuse groups of attention layers whose pages do not have ``block_size`` tokens.
+
+    Raises:
+        ValueError: names a layer.
+    """
+    for group in kv_cache_config.kv_cache_groups:
+        for spec in iter_layer_specs(group.kv_cache_spec):
+            if isinstance(spec, AttentionSpec) and spec.block_size != block_size:
+                raise ValueError(
+                    f"{group.layer_names[0]}: vLLM gives its pages {spec.block_size} tokens and "
+                    f"others {block_size}, and an eviction drops the same pages from all tables; "
+                    f"unset VLLM_KV_CACHE_LAYOUT, or serve this model with --kv-policy full."
+                )
+
+
+def with_shared_layers(kv_cache_config: KVCacheConfig, owners: Mapping[str, str]) -> KVCacheConfig:
+    """The configuration with the specs of layers that read the cache of another layer.
+
+    vLLM's runners put such layers into the group of their owners, and look their specs up there if
+    the group has pages of several sizes; but nobody puts the specs in.
+
+    Args:
+        kv_cache_config: of a worker; it stays as it is.
+        owners: by the name of a layer that reads another's cache: the layer that has it.
+    """
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            specs = dict(spec.kv_cache_specs)
+            specs |= {name: specs[owner] for name, owner in owners.items() if owner in specs}
+            group = replace(group, kv_cache_spec=replace(spec, kv_cache_specs=specs))
+        groups.append(group)
+    return replace(kv_cache_config, kv_cache_groups=groups)
 
 
 def _check_state(spec: MambaSpec) -> None:

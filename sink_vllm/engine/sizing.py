@@ -25,14 +25,15 @@ class Sizing:
     @classmethod
     def of(cls, tables: PageTables, kv_cache_config: KVCacheConfig) -> "Sizing":
         """What ``tables`` take of the pool that vLLM made."""
-        # Pages of all groups come from one pool: as many layers in each.
-        layers = max(len(one.layer_names) for one in kv_cache_config.kv_cache_groups)
+        # Pages of all groups come from one pool, which is as large as any of its tensors: layers
+        # lie in them side by side, groups one over the other.
+        pool = max(one.size for one in kv_cache_config.kv_cache_tensors)
         pages = tables.pages_per_stream
         return cls(
             schedule=tables.spec.schedule,
             block_size=tables.spec.block_size,
             pages=pages,
-            page_bytes=tables.spec.page_size_bytes * layers,
+            page_bytes=pool // kv_cache_config.num_blocks,
             # One page of the pool is vLLM's null block.
             streams=(kv_cache_config.num_blocks - 1) // pages,
         )

@@ -30,7 +30,6 @@ _CHUNKED_ATTENTION_SETTINGS = ("dual_chunk_attention_config", "rswa_window")
 _SPARSE_ATTENTION_SETTINGS = ("index_topk", "sparse_attention_config", "sparse_attn_config")
 # What configurations of default values do not say, and the classes that vLLM runs do.
 _SPARSE_CLASSES = ("DeepseekV4",)
-_UNEQUAL_CLASSES = ("MiMoV2",)  # windows have heads of their own
 _SCALED_CLASSES = ("HunYuan",)  # norms with weights follow the rotation
 _POSITION_SCALING_SETTINGS = ("llama_4_scaling", "llama_4_scaling_beta", "use_logn_attn")
 """Of which ``Temperature`` knows the first step, or not."""
@@ -65,8 +64,8 @@ class Facts:
     chunked_attention: str | None = None
     """The setting by which some layers see neither everything nor just the last tokens of a cache,
     however short it is."""
-    unequal_layers: bool = False
-    shared_kv_layers: int = 0
+    value_size: int | None = None
+    """Numbers of a value, where a key of the same head has another number of them."""
     scaled_after_rotation: bool = False
     """Keys and queries are multiplied by weights, number by number, once they are rotated."""
     mla: bool = False
@@ -159,7 +158,6 @@ def older_ray_executor() -> bool:
 def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
     """The part of :class:`Facts` that the model alone decides, by field name."""
     text = model_config.hf_text_config
-    architecture = model_config.model_arch_config
     rope = rope_parameters(text)
     name = model_config.architecture
     return {
@@ -176,10 +174,7 @@ def model_facts(model_config: "ModelConfig") -> dict[str, Any]:
         "multimodal": model_config.supports_multimodal_inputs,
         "foreign_mrope": _foreign_mrope(model_config),
         "chunked_attention": _chunked_attention(text),
-        "unequal_layers": architecture.per_layer_overrides is not None
-        or _has_other_layers(text)
-        or name.startswith(_UNEQUAL_CLASSES),
-        "shared_kv_layers": getattr(text, "num_kv_shared_layers", 0) or 0,
+        "value_size": _value_size(model_config),
         "scaled_after_rotation": name.startswith(_SCALED_CLASSES),
         "mla": model_config.use_mla,
         "hidden_latents": None if model_config.use_mla else _setting(text, ("kv_lora_rank",)),
@@ -272,19 +267,15 @@ def _code_of(architecture: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _has_other_layers(text_config: Any) -> bool:
-    """Whether layers with a sliding window have keys and values of another shape than others.
-
-    The names are those of MiMo V2 and of Step 3.5.
-    """
-    named: dict[str, Any] = getattr(text_config, "attention_other_setting", None) or {}
-    others = {name: named.get(name) for name in ("num_attention_groups", "head_dim")}
-    for name in ("num_key_value_heads", "head_dim", "v_head_dim"):
-        others[name] = getattr(text_config, f"swa_{name}", None) or others.get(name)
-    return any(
-        value is not None and value != getattr(text_config, name, None)
-        for name, value in others.items()
-    )
+def _value_size(model_config: "ModelConfig") -> int | None:
+    """By the names of MiMo V2, for layers without a window and with one."""
+    text = model_config.hf_text_config
+    for kind in ("", "swa_"):
+        value = getattr(text, f"{kind}v_head_dim", None)
+        # Asked only then: where layers have keys of several sizes, there is no answer.
+        if value and not model_config.use_mla and value != getattr(text, f"{kind}head_dim", value):
+            return int(value)
+    return None
 
 
 def _position_scaled_attention(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     cleanup_dist_env_and_memory,
@@ -28,7 +29,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 
-from sink_vllm.compat.spec import check_pages, under_policy
+from sink_vllm.compat.spec import under_policy, with_equal_pages
 from sink_vllm.engine.sizing import Sizing
 from sink_vllm.engine.tables import PageTables
 from sink_vllm.gate.refused import Refused, refusals
@@ -68,12 +69,15 @@ def outline_of(vllm_config: VllmConfig) -> Outline:
         runner = cast(Any, SimpleNamespace(vllm_config=vllm_config, shared_kv_cache_layers={}))
         specs = GPUModelRunner.get_kv_cache_spec(runner)
         with refusals():
-            ours = {
+            block_size = vllm_config.cache_config.block_size
+            ours = with_equal_pages(
                 # Rows of the RoPE table decide when keys are rotated, not how many there are.
-                name: under_policy(spec, config, None, vllm_config.cache_config.block_size)
-                for name, spec in specs.items()
-            }
-            check_pages(ours)
+                {
+                    name: under_policy(spec, config, None, block_size)
+                    for name, spec in specs.items()
+                },
+                envs.VLLM_KV_CACHE_LAYOUT,
+            )
         layouts = WorkerBase.get_supported_kv_cache_layouts(runner)
         resolve_kv_cache_layout(vllm_config, [layouts], ours.values())
         weights = sum(one.numel() * one.element_size() for one in model.parameters())

@@ -2,10 +2,16 @@
 
 from typing import Any, ClassVar
 
+from vllm import envs
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
-from sink_vllm.compat.spec import check_pages, under_policy
+from sink_vllm.compat.spec import (
+    check_groups,
+    under_policy,
+    with_equal_pages,
+    with_shared_layers,
+)
 from sink_vllm.gate.lengths import rope_positions
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
@@ -15,6 +21,7 @@ from sink_vllm.worker.layers.attention import (
     attention_layers,
     check_windows,
     rope_rows,
+    shared_layers,
 )
 from sink_vllm.worker.layers.recurrent import recurrent_layers
 from sink_vllm.worker.layers.rope_table import extend_rope_tables
@@ -65,12 +72,14 @@ class StreamingLLMRunner(_Runner):
             ours = {
                 name: under_policy(spec, config, rows, block_size) for name, spec in specs.items()
             }
-            check_pages(ours)
-        return ours
+            return with_equal_pages(ours, envs.VLLM_KV_CACHE_LAYOUT)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
+        with refusals():
+            check_groups(kv_cache_config, self.cache_config.block_size)
+        kv_cache_config = with_shared_layers(kv_cache_config, shared_layers(self.vllm_config))
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         with refusals():
             self._bind_pages(kv_cache_config)

@@ -19,12 +19,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from benchmarks.gpu.pages import Backend
-from sink_vllm.compat.spec import (
-    StreamingLLMSpec,
-    StreamingLLMWindowSpec,
-    check_pages,
-    under_policy,
-)
+from sink_vllm.compat.spec import StreamingLLMSpec, StreamingLLMWindowSpec, under_policy
 from sink_vllm.engine.managers.streaming import StreamingLLMManager
 from sink_vllm.engine.managers.windowed import StreamingLLMWindowManager
 from sink_vllm.policy.bound import Bound
@@ -273,24 +268,6 @@ def test_chunks_hold_the_cache_in_whole_pages(chunk: int, sentence: str) -> None
 
     with pytest.raises(ValueError, match=sentence):
         under_policy(spec, config, 256, 32)
-
-
-@pytest.mark.parametrize("window", [24, 48], ids=["own table", "shared table"])
-def test_layers_of_unequal_shape_are_refused(window: int) -> None:
-    """With their layers named, and not as a matter of ``--block-size``."""
-    config = replace(CONFIG, native_window=25)
-    sliding = SlidingWindowSpec(block_size=32, sliding_window=window, **SHAPE)
-    specs = {
-        f"layers.{i}": under_policy(spec, config, 256, 32)
-        for i, spec in enumerate((FullAttentionSpec(block_size=32, **SHAPE), sliding))
-    }
-    check_pages(specs)
-    wider = replace(sliding, num_kv_heads=4)
-
-    with pytest.raises(
-        ValueError, match=r"^layers\.0 has pages of 16384 bytes and layers\.1 .*--kv-policy full\.$"
-    ):
-        check_pages(specs | {"layers.1": under_policy(wider, config, 256, 32)})
 
 
 def test_windows_that_never_reach_the_sinks_have_tables_of_their_own() -> None:

@@ -79,8 +79,7 @@ CASES: dict[str, tuple[Facts, str]] = {
         Facts(chunked_attention="rswa_window=128"),
         "rswa_window=128",
     ),
-    "unequal layers": (Facts(unequal_layers=True), "LlamaForCausalLM"),
-    "shared KV layers": (Facts(shared_kv_layers=10), "10"),
+    "values of another size on CPUs": (Facts(value_size=128), "(128)"),
     "learned absolute positions": (
         Facts(positions="other", rope_types=(), architecture="GPT2LMHeadModel"),
         "GPT2LMHeadModel",

@@ -6,6 +6,7 @@ from tests.support.families_experts import EXPERTS
 from tests.support.families_hybrid import HYBRIDS
 from tests.support.families_media import MEDIA
 from tests.support.families_special import SPECIAL
+from tests.support.families_unequal import UNEQUAL
 from tests.support.family import (
     HEAD_SIZE,
     HEADS,
@@ -263,6 +264,7 @@ FAMILIES = (
         settings={"no_rope_layers": [1, 0, 1, 1], "num_hidden_layers": 4},
     ),
     *SPECIAL,
+    *UNEQUAL,
     *EXPERTS,
     *MEDIA,
     *HYBRIDS,

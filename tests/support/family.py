@@ -233,7 +233,8 @@ def _fill(model: Any, family: Family) -> None:
     generator = torch.Generator().manual_seed(0)
     tied = model.config.tie_word_embeddings
     gemma = family.model.startswith("Gemma")
-    offset = 1.0 if gemma or family.model == "Step3p7" else 0.0  # their norms add one to the weight
+    # Their norms add one to the weight; those of Gemma 3n and 4 do not.
+    offset = float(family.model in ("Gemma", "Gemma2", "Gemma3", "Gemma3Text", "Step3p7"))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -243,7 +244,9 @@ def _fill(model: Any, family: Family) -> None:
             elif name.endswith("bias"):
                 weight.copy_(0.1 * noise)
             elif weight.dim() == 1:  # norms: near one, but not exactly
-                peaked = 1.5 if part in ("q_norm", "k_norm") else 1.0
+                unscaled = family.model.startswith(("Gemma3n", "Gemma4"))  # scores as they are
+                heads = 0.75 if unscaled else 1.5
+                peaked = heads if part in ("q_norm", "k_norm") else 1.0
                 if gemma and part.startswith("post_"):
                     peaked = 6.0  # or the embedding outweighs what layers add, and tokens repeat
                 weight.copy_(peaked * (1 + 0.1 * noise) - offset)

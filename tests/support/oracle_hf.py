@@ -154,6 +154,35 @@ class _RotaryGPTJ(_Rotary):
         return torch.cat((rotated, keys[..., size:]), dim=-1)
 
 
+class _RotaryGemma4(_Rotary):
+    """Query and key are rotated in two calls, query first; layers that read the cache of another
+    layer have no key, and are given that of the other, as it was rotated there."""
+
+    calls = 0
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        super().__init__(model, capacity)
+        config = model.get_decoder().config
+        owners = config.num_hidden_layers - config.num_kv_shared_layers
+        self.is_key = [False, True] * owners + [False] * config.num_kv_shared_layers
+        """Call by call of a forward pass."""
+
+    def apply(self, tensor: torch.Tensor, *angles: torch.Tensor, **named: int) -> torch.Tensor:  # type: ignore[override]
+        assert self.original is not None
+        is_key = self.is_key[self.calls % len(self.is_key)]
+        self.calls += 1
+        if not is_key:
+            rotated: torch.Tensor = self.original(tensor, *angles, **named)
+            return rotated
+        self.cache.rotate = self._rotated
+        return tensor
+
+    def _rotated(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
+        assert self.original is not None
+        rotated: torch.Tensor = self.original(keys, *self._angles_of(layer, keys.shape[2]))
+        return rotated
+
+
 class _RotaryComplex(_Rotary):
     """Angles are complex numbers."""
 
@@ -177,6 +206,8 @@ class _RotaryDeepseekV3(_Rotary):
 
 _ROTARIES = {
     "gptj": _RotaryGPTJ,
+    "gemma3n_text": _RotaryGemma4,
+    "gemma4_text": _RotaryGemma4,
     "deepseek_v2": _RotaryComplex,
     "deepseek_v3": _RotaryDeepseekV3,
     "glm4_moe_lite": _RotaryDeepseekV3,
@@ -210,14 +241,21 @@ def _as_configured(model: Any) -> Any:
     """Where transformers' code is another function than the configuration says.
 
     BLOOM's GELU is approximated; the routers of MiniMax M2 and Step 3.5 are sigmoids, whatever
-    vLLM reads there. Either shows before any eviction.
+    vLLM reads there; vLLM's class of Gemma 3n's text looks up no embeddings per layer, which its
+    multimodal class does for it. Each shows before any eviction.
     """
     for module in model.modules():
         if type(module).__name__ == "BloomGelu":
             module.forward = torch.nn.functional.gelu
         elif type(module).__name__ in ("MiniMaxM2TopKRouter", "Step3p7TopKRouter"):
             module.forward = functools.partial(_softmax_routes, module)
+        elif type(module).__name__ == "Gemma3nTextModel":
+            module.get_per_layer_inputs = _no_embeddings
     return model.eval()
+
+
+def _no_embeddings(_: torch.Tensor) -> None:
+    """What Gemma 3n adds to its layers is then made of hidden states alone."""
 
 
 def _softmax_routes(
@@ -249,8 +287,8 @@ class HFModel:
             # It was trained with one token more than its window says; vLLM adds it, transformers
             # does not.
             config.sliding_window += 1
-        if config.model_type == "kimi_k25":
-            # Its tokens that stand for media are masked, media or not; in a text they are tokens.
+        if config.model_type in ("kimi_k25", "gemma4"):
+            # Their tokens that stand for media are masked, media or not; in a text they are tokens.
             config.image_token_id = config.video_token_id = -1
         # Multimodal models have no entry among causal language models.
         known = type(config).__name__.replace("Config", "ForConditionalGeneration")

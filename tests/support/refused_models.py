@@ -33,7 +33,11 @@ REFUSED = (
         config="DeepseekV3Config",
         row="MLA without RoPE scaling on CPUs",
     ),
-    Refused(name="MiMo-V2-Flash", config="MiMoV2FlashConfig", row="unequal layers"),
+    Refused(
+        name="MiMo-V2-Flash on CPUs",
+        config="MiMoV2FlashConfig",
+        row="values of another size on CPUs",
+    ),
     Refused(name="HunYuan", config="HunYuanDenseV1Config", row="scaling after rotation"),
     Refused(name="MiniCPM3", config="MiniCPM3Config", row="hidden latents"),
     Refused(name="HRM-Text", config="HrmTextConfig", row="prefix language models"),

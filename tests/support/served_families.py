@@ -53,12 +53,14 @@ SERVED = (
     Served(
         name="Gemma 4 26B-A4B, 31B",
         architecture="Gemma4ForConditionalGeneration",
-        refused="unequal layers",
+        tested="Gemma 4, multimodal",
+        caveat="its experts in the class of the text",
     ),
     Served(
         name="Gemma 4 E2B, E4B",
         architecture="Gemma4ForConditionalGeneration",
-        refused="unequal layers",
+        tested="Gemma 4 E2B, E4B",
+        caveat="its text class; the multimodal one around it was run as Gemma 4, multimodal",
     ),
     Served(
         name="Gemma 3 4B to 27B",
@@ -116,7 +118,13 @@ SERVED = (
         refused="sparse attention",
     ),
     Served(name="Hy3", architecture="HYV3ForCausalLM", tested="Hy3"),
-    Served(name="MiMo-V2-Flash", architecture="MiMoV2FlashForCausalLM", refused="unequal layers"),
+    Served(
+        name="MiMo-V2-Flash",
+        architecture="MiMoV2FlashForCausalLM",
+        tested="MiMo-V2-Flash, values as long as keys",
+        caveat="published ones, with shorter values, on GPUs by the layouts of their pages, on CPU "
+        "tensors; refused on CPUs",
+    ),
     Served(
         name="Nemotron 3",
         architecture="NemotronHForCausalLM",

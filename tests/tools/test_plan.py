@@ -13,8 +13,11 @@ from tests.support.families import FAMILIES
 from tests.support.family import Family, config_of, write_family
 
 GIB = 2**30
-QUICK = ("Llama 3.1", "Falcon-H1")
-SLOW = ("Gemma 3", "Mixtral", "DeepSeek-V3", "Qwen3", "Command R7B", "Granite 4 H")
+QUICK = ("Llama 3.1", "Falcon-H1", "Gemma 4 E2B, E4B")
+SLOW = (
+    *("Gemma 3", "Mixtral", "DeepSeek-V3", "Qwen3", "Command R7B", "Granite 4 H"),
+    *("Gemma 4 31B", "Gemma 4 26B-A4B", "Gemma 4, multimodal"),
+)
 
 
 def family(name: str) -> Family:

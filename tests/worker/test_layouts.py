@@ -23,7 +23,8 @@ from tests.support.fp8 import FP8, check_rounded_once
 
 SHAPE = Shape(layers=3, kv_heads=2, head_size=32, block_size=16, dtype=torch.float32)
 BLOCKS = 40
-CONTENT = 2 * SHAPE.head_size
+SHORT_VALUES = replace(SHAPE, value_size=SHAPE.head_size // 2)
+"""As in MiMo V2."""
 SINKS = (1, 4, 16, 21, 40)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = ("flash_attn", "flashinfer", "triton_attn", "flex_attention")
@@ -35,19 +36,16 @@ def buffer_of(layers: list[AttentionLayer]) -> torch.Tensor:
     return torch.empty(0, dtype=cache.dtype, device=cache.device).set_(cache.untyped_storage())
 
 
-def by_letters(buffer: torch.Tensor, layout: KVCacheLayout) -> torch.Tensor:
+def by_letters(buffer: torch.Tensor, layout: KVCacheLayout, shape: Shape = SHAPE) -> torch.Tensor:
     """The buffer as ``[layer, block, head, token, content]``, by the letters of its layout."""
-    sizes = dict(zip("LBHNC", (SHAPE.layers, BLOCKS, *_page_shape()), strict=True))
+    page = (shape.kv_heads, shape.block_size, shape.content)
+    sizes = dict(zip("LBHNC", (shape.layers, BLOCKS, *page), strict=True))
     strides, stride = {}, 1
     for letter in reversed(layout.name):
         strides[letter] = stride
         stride *= sizes[letter]
     assert stride == buffer.numel()
     return buffer.as_strided([sizes[c] for c in "LBHNC"], [strides[c] for c in "LBHNC"])
-
-
-def _page_shape() -> tuple[int, int, int]:
-    return SHAPE.kv_heads, SHAPE.block_size, CONTENT
 
 
 def expected_after(moves: list[PageMove], before: torch.Tensor) -> torch.Tensor:
@@ -69,13 +67,16 @@ def expected_after(moves: list[PageMove], before: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", list(KVCacheLayout), ids=lambda layout: layout.name)
 @pytest.mark.parametrize("sinks", SINKS)
+@pytest.mark.parametrize("shape", [SHAPE, SHORT_VALUES], ids=["", "short values"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_eviction_in_every_layout(device: str, layout: KVCacheLayout, sinks: int) -> None:
+def test_an_eviction_in_every_layout(
+    device: str, shape: Shape, layout: KVCacheLayout, sinks: int
+) -> None:
     """One batch of evictions changes the numbers it should, and no other number of the buffer."""
-    layers = attention_layers(SHAPE, torch.device(device), BLOCKS, layout)
+    layers = attention_layers(shape, torch.device(device), BLOCKS, layout)
     buffer = buffer_of(layers)
     buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(sinks)))
-    before = by_letters(buffer, layout).clone().cpu()
+    before = by_letters(buffer, layout, shape).clone().cpu()
     random.seed(sinks)
     take = iter(random.sample(range(BLOCKS), BLOCKS)).__next__
     moves = [m for _ in range(3) for m in moves_of_one_eviction(SHAPE.block_size, sinks, take)]
@@ -83,7 +84,7 @@ def test_an_eviction_in_every_layout(device: str, layout: KVCacheLayout, sinks: 
 
     PageMover(layers, SHAPE.block_size).run(moves)
 
-    after = by_letters(buffer, layout).cpu()
+    after = by_letters(buffer, layout, shape).cpu()
     expected = expected_after(moves, before)
     changed = sorted({move.dst for move in moves})
     assert len(changed) == 3 * -(-sinks // SHAPE.block_size)
@@ -129,12 +130,24 @@ def test_an_eviction_of_fp8_keys(device: str, layout: KVCacheLayout, sinks: int)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_guard_backends_store_the_key_before_the_value(backend: str) -> None:
     """The one thing the layouts do not say: what vLLM's backends put into ``content``."""
+    source = _source_of(backend)
+
+    assert "kv_cache.transpose(1,2).split(" in source
+    assert "key_cache,value_cache=kv_cache" in source or "k_cache,v_cache=kv_cache" in source
+
+
+def test_guard_backends_of_short_values_store_the_key_before_the_value() -> None:
+    flash, triton = (_source_of(f"{name}_attn_diffkv") for name in ("flash", "triton"))
+
+    assert "key_cache,value_cache=kv_cache.transpose(1,2).split(self.head_size," in flash
+    assert "key_cache=kv_cache[...,:head_size_qk]" in triton
+    assert "value_cache=kv_cache[...,head_size_qk:head_size_qk+head_size_v]" in triton
+
+
+def _source_of(backend: str) -> str:
+    """Without blanks."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
     path = Path(spec.origin).parent / "v1" / "attention" / "backends" / f"{backend}.py"
-
-    source = "".join(path.read_text().split())
-
-    assert "kv_cache.transpose(1,2).split(" in source
-    assert "key_cache,value_cache=kv_cache" in source or "k_cache,v_cache=kv_cache" in source
+    return "".join(path.read_text().split())

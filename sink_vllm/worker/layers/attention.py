@@ -87,6 +87,13 @@ def attention_layers(model: nn.Module, vllm_config: VllmConfig) -> list[Attentio
     return layers
 
 
+def shared_layers(vllm_config: VllmConfig) -> dict[str, str]:
+    """Layers that read the cache of another layer, by name, and that layer."""
+    layers = vllm_config.compilation_config.static_forward_context.items()
+    targets = {name: getattr(one, "kv_sharing_target_layer_name", None) for name, one in layers}
+    return {name: target for name, target in targets.items() if target is not None}
+
+
 def _rotation_of(rotary: nn.Module, name: str, head_size: int) -> Rotation:
     if is_transformers_rotary(rotary):
         return TransformersRotation(rotary, name, head_size)
