@@ -10,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.engine.hashing import PageHasher
+from sink_vllm.engine.hibernation.kept import Hibernation
 from sink_vllm.engine.parked import anchor_position, anchors_of, least_pages, take_parked
 from sink_vllm.engine.stream import (
     Account,
@@ -46,6 +47,8 @@ class Recycler:
             PageHasher(tables.block_size, hash_function) if hash_function is not None else None
         )
         self.account = Account()
+        self.hibernation: Hibernation | None = None
+        """Pages outside the block pool, if any are kept."""
         self.streams: dict[str, Stream] = {}
         self.to_refresh: set[str] = set()
         """Requests the workers have an outdated copy of: sent again with their next tokens."""
@@ -80,12 +83,18 @@ class Recycler:
                     schedule,
                     stream.prompt,
                     self.tables.num_sink_pages(schedule),
-                    lambda first: self.tables.has_sinks(schedule, first),
+                    lambda first: self._has_sinks(schedule, first),
                 )
                 self._install(request, stream, hashes)
             else:
                 self.hasher.install(request, stream)
         return stream
+
+    def _has_sinks(self, schedule: Schedule, hashes: Sequence[BlockHash]) -> bool:
+        if self.tables.has_sinks(schedule, hashes):
+            return True
+        sinks = hashes[: self.tables.num_sink_pages(schedule)]
+        return self.hibernation is not None and self.hibernation.has_sinks(sinks)
 
     def _show_prompt(self, request: Request, stream: Stream, tokens: array[int]) -> None:
         length = len(tokens)
@@ -240,6 +249,8 @@ class Recycler:
                 stream.sinks = stream.sinks or request.block_hashes[: pages.sinks]
                 position = anchor_position(schedule, stream.chain_evictions, size)
                 stream.anchors.append((position, request.block_hashes[end - 1]))
+            if self.hibernation is not None:
+                self.hibernation.pass_by(request.block_hashes[begin:end])
             del request.block_hashes[begin:end]
             request.update_block_hashes()
         else:
@@ -292,7 +303,7 @@ class Recycler:
             hashes = stream.prompt_hashes
             stream.anchors.extend(anchors_of(schedule, stream.parked, hashes, evictions, size))
             stream.sinks = hashes[: self.tables.num_sink_pages(schedule)]
-            stream.resumed_from = "cache"
+            stream.resumed_from = stream.brought_from or "cache"
         self.hasher.resume(request, stream, found.end)
         return len(cached)
 

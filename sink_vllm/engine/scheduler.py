@@ -115,6 +115,8 @@ class StreamingLLMMixin(AdmittingMixin):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """End a request; the account of what was evicted leaves with its last output."""
+        if self.hibernation is not None:
+            self.hibernation.keep_turn(request)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         self._unpark(request)
         self.admission.forget(request.request_id)
@@ -141,7 +143,10 @@ class StreamingLLMMixin(AdmittingMixin):
         output = super().schedule(throttle_prefills)
         self._settle_admissions()
         self._complete_new_requests(output)
+        stores, loads = ([], []) if self.hibernation is None else self.hibernation.take()
         plan = StepPlan(
+            stores=stores,
+            loads=loads,
             moves=self.ledger.take_moves(),
             refreshes={
                 data.req_id: self._refresh_of(data.req_id)
@@ -244,6 +249,8 @@ class StreamingLLMMixin(AdmittingMixin):
         The front end may end a request by itself (stop strings), so waiting for the last output
         would lose it.
         """
+        if self.hibernation is not None:
+            self.hibernation.done(StepPlan.of(scheduler_output))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         due = self.recycler.account.due
         if due:

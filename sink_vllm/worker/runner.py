@@ -2,13 +2,16 @@
 
 from typing import Any, ClassVar
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
+from sink_vllm.compat.slots import num_slots, page_bytes
 from sink_vllm.compat.spec import check_pages, under_policy
 from sink_vllm.gate.lengths import rope_positions
 from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
+from sink_vllm.policy.plan import StepPlan
 from sink_vllm.worker.layers.attention import (
     AttentionLayer,
     attention_layers,
@@ -16,6 +19,7 @@ from sink_vllm.worker.layers.attention import (
     rope_rows,
 )
 from sink_vllm.worker.layers.rope_table import extend_rope_tables
+from sink_vllm.worker.moves.arena import Arena
 from sink_vllm.worker.moves.mover import PageMover
 from sink_vllm.worker.scratch import Scratch
 
@@ -31,6 +35,8 @@ class StreamingLLMRunner(_Runner):
     attention_layers: list[AttentionLayer]
     page_mover: PageMover
     page_scratch: Scratch
+    page_arena: Arena | None = None
+    """Host memory for pages, if any are kept."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -79,3 +85,16 @@ class StreamingLLMRunner(_Runner):
         check_windows(self.attention_layers)
         self.reserve_scratch()  # where nothing is measured: workers that join a running engine
         self.page_mover = PageMover.for_runner(self)
+        slots = num_slots(self._config, self.vllm_config, kv_cache_config)
+        if slots:
+            self.page_arena = Arena(
+                self.page_mover, slots, page_bytes(kv_cache_config), self.device
+            )
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Copies of pages come before all else of a step, one without tokens included."""
+        plan = StepPlan.of(scheduler_output)
+        if plan is not None and (plan.stores or plan.loads):
+            assert self.page_arena is not None, "the engine core keeps pages, and this worker none"
+            self.page_arena.run(plan)
+        return super().execute_model(scheduler_output, *args, **kwargs)
