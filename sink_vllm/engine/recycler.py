@@ -221,6 +221,9 @@ class Recycler:
         evictions = stream.chain_evictions + 1
         anchors = self.tables.anchors
         reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
+        if self.hibernation is not None and evictions == 1:
+            pages = EvictionPages.of(stream.schedule, self.tables.block_size)
+            self.hibernation.keep_first(request.block_hashes[: pages.sink_full + pages.dropped])
         moves = self.tables.evict(
             request.request_id,
             stream.schedule,

@@ -69,6 +69,16 @@ class Hibernation:
                 if block.block_hash is not None:
                     self._keep_hash(block.block_hash)
 
+    def keep_first(self, hashes: Iterable[BlockHash]) -> None:
+        """A stream evicts for the first time, pages with these hashes among others.
+
+        Until it is a page longer than its capacity, it is resumed as any prompt is: from its first
+        token on.
+        """
+        for manager in self._managers:
+            for key in _keys(manager, hashes):
+                self._keep_hash(key)
+
     def _keep_hash(self, key: BlockHashWithGroupId) -> None:
         if key in self.slots:
             self.slots.touch(key)
