@@ -20,9 +20,7 @@ def _group_bytes(group: Any) -> int:
     return len(group.layer_names) * spec.page_size_bytes
 
 
-def num_slots(
-    config: SinkConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-) -> int:
+def num_slots(config: SinkConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     """Pages that host memory has room for; 0 if none are to be kept."""
     workers = vllm_config.parallel_config.tensor_parallel_size
     return int(config.host_gib * 2**30) // (page_bytes(kv_cache_config) * workers)

@@ -223,7 +223,9 @@ class Recycler:
         reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
         if self.hibernation is not None and evictions == 1:
             pages = EvictionPages.of(stream.schedule, self.tables.block_size)
-            self.hibernation.keep_first(request.block_hashes[: pages.sink_full + pages.dropped])
+            self.hibernation.keep_first(
+                request, request.block_hashes[: pages.sink_full + pages.dropped]
+            )
         moves = self.tables.evict(
             request.request_id,
             stream.schedule,

@@ -128,6 +128,11 @@ class StreamingLLMMixin(AdmittingMixin):
             self._check_idle()
         return kv_params, ec_params
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.hibernation is not None:
+            self.hibernation.close()
+
     def _check_idle(self) -> None:
         try:
             self.ledger.check_idle()
@@ -167,6 +172,8 @@ class StreamingLLMMixin(AdmittingMixin):
         waits = self._short_of_pages and self._pause_state == PauseState.UNPAUSED
         stats.waiting_for_pages = waiting - self.num_waiting_for_streaming_input if waits else 0
         stats.residents = self.admission.num_residents
+        if self.hibernation is not None:
+            self.hibernation.report(stats)
         is_idle = not self.running and not output.total_num_scheduled_tokens
         if is_idle and waiting and self._first_ready() is not None:
             self._steps_stalled += 1

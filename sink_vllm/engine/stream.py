@@ -168,7 +168,8 @@ class Stream:
             report["rebuilds"] = self.rebuilds
         if self.parked is not None:
             base = self.evicted - self.evicted_from_chain
-            report[CHAIN] = told(base, self.anchors, self.sinks, self.resumed_from)
+            resumed_from = self.resumed_from or self.brought_from
+            report[CHAIN] = told(base, self.anchors, self.sinks, resumed_from)
         return report
 
     def rebuilt(self) -> None:

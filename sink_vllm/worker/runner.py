@@ -6,6 +6,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
+from sink_vllm.compat.shared import share
 from sink_vllm.compat.slots import num_slots, page_bytes
 from sink_vllm.compat.spec import check_pages, under_policy
 from sink_vllm.gate.lengths import rope_positions
@@ -19,7 +20,7 @@ from sink_vllm.worker.layers.attention import (
     rope_rows,
 )
 from sink_vllm.worker.layers.rope_table import extend_rope_tables
-from sink_vllm.worker.moves.arena import Arena
+from sink_vllm.worker.moves.arena import Arena, layout_of
 from sink_vllm.worker.moves.mover import PageMover
 from sink_vllm.worker.scratch import Scratch
 
@@ -87,9 +88,17 @@ class StreamingLLMRunner(_Runner):
         self.page_mover = PageMover.for_runner(self)
         slots = num_slots(self._config, self.vllm_config, kv_cache_config)
         if slots:
-            self.page_arena = Arena(
-                self.page_mover, slots, page_bytes(kv_cache_config), self.device
-            )
+            size = page_bytes(kv_cache_config)
+            shared = None
+            if self._config.disk is not None:
+                parallel = self.vllm_config.parallel_config
+                shared = share(
+                    slots * size,
+                    parallel.rank,
+                    layout_of(self.page_mover, size),
+                    is_child=parallel.distributed_executor_backend == "mp",
+                )
+            self.page_arena = Arena(self.page_mover, slots, size, self.device, shared)
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Copies of pages come before all else of a step, one without tokens included."""

@@ -2,9 +2,13 @@
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from sink_vllm.compat.disk_folder import engine_folder
+from sink_vllm.compat.shared import attach
 from sink_vllm.compat.slots import num_slots, page_bytes
+from sink_vllm.engine.hibernation.disk import Disk
 from sink_vllm.engine.hibernation.kept import Hibernation
 from sink_vllm.engine.tables import PageTables
 from sink_vllm.gate.refused import Refused
@@ -44,5 +48,25 @@ def make_hibernation(
         config.host_gib,
         tables.pages_per_stream,
     )
+    kept = Slots(slots)
+    disk = _disk(config, vllm_config, kept)
     most_loads = max(_LOADED // (size * workers), tables.pages_per_stream)
-    return Hibernation(tables, Slots(slots), most_loads)
+    return Hibernation(tables, kept, size * workers, most_loads, disk)
+
+
+def _disk(config: SinkConfig, vllm_config: VllmConfig, slots: Slots) -> Disk | None:
+    if config.disk is None:
+        return None
+    workers = range(vllm_config.parallel_config.tensor_parallel_size)
+    memories, layouts = zip(*(attach(rank) for rank in workers), strict=True)
+    # Hashes begin with a seed, which some algorithms draw anew with every start.
+    layout = f"{layouts[0]}, hashes from {kv_cache_utils.NONE_HASH.hex()}"
+    folder, lock = engine_folder(config, vllm_config, layout)
+    disk = Disk(folder, int(config.disk_gib * 2**30), slots, list(memories), lock)
+    logger.info(
+        "StreamingLLM: %d pages are on disk in %s, which may have up to %s GiB.",
+        len(disk.files),
+        folder,
+        config.disk_gib,
+    )
+    return disk

@@ -8,6 +8,7 @@ which page is in which slot is the engine core's business. On a GPU the memory i
 are queued on the stream of the step: it begins with them, and they wait for the step before.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,7 +42,12 @@ class Arena:
     """Slots for pages; see above."""
 
     def __init__(
-        self, mover: "PageMover", slots: int, slot_bytes: int, device: torch.device
+        self,
+        mover: "PageMover",
+        slots: int,
+        slot_bytes: int,
+        device: torch.device,
+        shared: mmap.mmap | None = None,
     ) -> None:
         """
         Args:
@@ -49,12 +55,22 @@ class Arena:
             slots: pages there is room for.
             slot_bytes: of the largest page.
             device: of the KV cache.
+            shared: so many bytes that the engine core uses, too.
         """
         self._mover, self._slot_bytes = mover, slot_bytes
         self._is_pinned = device.type == "cuda"
-        self.memory = torch.empty(
-            (slots, slot_bytes), dtype=torch.uint8, pin_memory=self._is_pinned
-        )
+        self._is_shared = shared is not None
+        if shared is None:
+            self.memory = torch.empty(
+                (slots, slot_bytes), dtype=torch.uint8, pin_memory=self._is_pinned
+            )
+        else:
+            self.memory = torch.frombuffer(shared, dtype=torch.uint8).view(slots, slot_bytes)
+            if self._is_pinned:
+                code = torch.cuda.cudart().cudaHostRegister(
+                    self.memory.data_ptr(), self.memory.numel(), 0
+                )
+                torch.cuda.check_error(int(code))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> None:
@@ -70,6 +86,9 @@ class Arena:
             for slot, row in zip(batch.slots, rows, strict=True):
                 row.copy_(self._part(slot, batch), non_blocking=self._is_pinned)
             batch.store.scatter(batch.pages, batch.first, batch.last, scratch)
+        if self._is_shared and self._is_pinned:
+            # The engine core takes a step that is over for one whose copies are made.
+            torch.cuda.current_stream().synchronize()
 
     def _part(self, slot: int, batch: Batch) -> torch.Tensor:
         return self.memory[slot, batch.offset : batch.offset + batch.nbytes]
@@ -95,3 +114,30 @@ class Arena:
                     slots = [copy.slot for copy in part]
                     device_pages = upload(pages, store.device)
                     yield Batch(store, device_pages, first, last, slots, offset, nbytes)
+
+
+def layout_of(mover: "PageMover", slot_bytes: int) -> str:
+    """What must be the same for pages of one worker to be read by another."""
+    kinds = [
+        (
+            layers.index,
+            layers.layers[0].module.attn_backend.get_name(),
+            len(layers.layers),
+            layers.split,
+            layers.store.page_shape,
+            tuple(layers.store.page_strides),
+            str(layers.store.dtype),
+            layers.budget,
+        )
+        for layers in mover.layer_groups()
+    ]
+    device = _processor(mover)
+    return f"{kinds} in {slot_bytes} bytes on {device}"
+
+
+def _processor(mover: "PageMover") -> str:
+    """The processor, whose kernels may order a page as suits them."""
+    device = mover.layers[0].kv_cache.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
