@@ -1,4 +1,4 @@
-"""How much host memory a page takes, and how many there are: the same in engine core and workers."""
+"""How much host memory a page takes, and how many there are, in engine core and workers alike."""
 
 from typing import Any
 

@@ -77,6 +77,9 @@ class StreamingLLMRunner(_Runner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         with refusals():
             self._bind_pages(kv_cache_config)
+            # vLLM makes a small cache first to see what graphs take, and drops it again.
+            if not (kwargs.get("is_profiling") or any(args[:1])):
+                self._bind_arena(kv_cache_config)
 
     def _bind_pages(self, kv_cache_config: KVCacheConfig) -> None:
         groups = kv_cache_config.kv_cache_groups
@@ -86,6 +89,9 @@ class StreamingLLMRunner(_Runner):
         check_windows(self.attention_layers)
         self.reserve_scratch()  # where nothing is measured: workers that join a running engine
         self.page_mover = PageMover.for_runner(self)
+
+    def _bind_arena(self, kv_cache_config: KVCacheConfig) -> None:
+        """Host memory for pages, if any are to be kept."""
         slots = num_slots(self._config, self.vllm_config, kv_cache_config)
         if slots:
             size = page_bytes(kv_cache_config)

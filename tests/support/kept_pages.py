@@ -53,6 +53,7 @@ class KeptPages:
 def watch_pages(core: Any) -> KeptPages:
     """Compare the copies of every step that ``core`` plans."""
     hibernation, model = core.scheduler.hibernation, core.model
+    hibernation._most_loads = 1  # others wait for the next step, which a real page is too small for
     kept = KeptPages(hibernation, model.content)
     execute = model.execute_model
 

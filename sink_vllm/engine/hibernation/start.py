@@ -1,5 +1,6 @@
 """What an engine core keeps of pages outside its block pool, as the options say."""
 
+import psutil
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
@@ -35,6 +36,12 @@ def make_hibernation(
         return None
     slots, size = num_slots(config, vllm_config, kv_cache_config), page_bytes(kv_cache_config)
     workers = vllm_config.parallel_config.tensor_parallel_size
+    total = psutil.virtual_memory().total / 2**30
+    if config.host_gib > total:
+        raise Refused(
+            f"--sink-host-gib={config.host_gib} is more than this machine's memory of {total:.1f} "
+            "GiB; use less."
+        )
     if slots < tables.pages_per_stream:
         least = tables.pages_per_stream * size * workers / 2**30
         raise Refused(
