@@ -17,10 +17,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.engine.admission import Admission, Standing, Verdict
 from sink_vllm.engine.ahead import pages_per_step
+from sink_vllm.engine.hibernation.start import make_hibernation
 from sink_vllm.engine.preempting import PreemptingMixin
 from sink_vllm.engine.prompt_stats import count_prompt
 from sink_vllm.engine.recycler import Recycler
 from sink_vllm.engine.tables import FoundPages, PageTables
+from sink_vllm.gate.refused import refusals
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.schedule import cdiv
 
@@ -50,6 +52,9 @@ class AdmittingMixin(PreemptingMixin):
             else None,
         )
         self.ledger = tables.ledger
+        with refusals():
+            self.hibernation = make_hibernation(self.vllm_config, self.kv_cache_config, tables)
+        self.recycler.hibernation = self.hibernation
         self.admission = Admission(
             tables,
             by_priority=self.policy == SchedulingPolicy.PRIORITY,
@@ -92,6 +97,8 @@ class AdmittingMixin(PreemptingMixin):
         self._passed_over, self._short_of_pages, self._queue_stands = 0, False, False
         self._adapters_of = -1
         self.ledger.begin()
+        if self.hibernation is not None:
+            self.hibernation.begin()
 
     def _make_room(self) -> None:
         """Evict what is full, and let holders give way until all others get what they need."""
@@ -275,6 +282,9 @@ class AdmittingMixin(PreemptingMixin):
             # vLLM 0.32 ends its loop at a request without a token, 0.33 goes on to the next: who is
             # behind one that waits for pages must not take them.
             return nothing, 0, 0, False
+        if not self._bring_back(request):
+            self._queue_stands = True
+            return nothing, 0, 0, False
         if stream.prompt is not None:
             if not self._admit(request):
                 return nothing, 0, 0, False
@@ -297,6 +307,15 @@ class AdmittingMixin(PreemptingMixin):
             cached = itertools.chain(*shared)
             self._admit(request, sum(b.ref_cnt > 0 and not b.is_null for b in cached))
         return blocks, num_tokens, boundary, diverged
+
+    def _bring_back(self, request: Request) -> bool:
+        """Let the prefix cache have what is kept elsewhere; False: the request waits a step."""
+        if self.hibernation is None:
+            return True
+        stream = self.recycler.streams[request.request_id]
+        if self.admission.verdict(request, stream) is not Verdict.ADMITTED:
+            return True  # it waits anyway
+        return self.hibernation.bring_back(request, stream)
 
     def _admit(self, request: Request, cached_in_use: int = 0) -> bool:
         stream = self.recycler.streams[request.request_id]

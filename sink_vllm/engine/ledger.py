@@ -12,7 +12,7 @@ compares the two. ``DroppedPages`` and ``CopiedPages`` own nothing: they are not
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from vllm.v1.core.block_pool import BlockPool
@@ -43,6 +43,8 @@ class PageLedger:
         self.fresh: set[int] = set()
         """Pages that entered the prefix cache in this step: their content is computed after its
         moves have run, so no move may read them."""
+        self.before_rewriting: Callable[[KVCacheBlock], None] | None = None
+        """Told of pages that are about to be copied or changed by an owner."""
         self._tables: dict[int, Mapping[str, list[KVCacheBlock]]] = {}
         self._sinks: dict[int, dict[str, list[KVCacheBlock]]] = {}
         self._moves: dict[str, list[PageMove]] = {}
@@ -147,6 +149,8 @@ class PageLedger:
             block: a page the caller owns.
             reserved: free pages that must be left for pages that have to be copied.
         """
+        if self.before_rewriting is not None:
+            self.before_rewriting(block)
         if not self.is_shared(block):
             if block.block_hash is None:
                 return block

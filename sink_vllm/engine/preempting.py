@@ -34,6 +34,8 @@ class PreemptingMixin(Scheduler):
         if reset_running_requests:
             for request in list(self.kv_holding_waiting):
                 self._give_way(request)
+        if self.recycler.hibernation is not None:
+            self.recycler.hibernation.clear()
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _give_way(self, request: Request) -> None:

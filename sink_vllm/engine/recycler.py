@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 
 from sink_vllm.engine.ahead import composable_at
 from sink_vllm.engine.hashing import PageHasher
+from sink_vllm.engine.hibernation.kept import Hibernation
 from sink_vllm.engine.parked import anchor_position, anchors_of, least_pages, take_parked
 from sink_vllm.engine.stream import (
     Account,
@@ -47,6 +48,8 @@ class Recycler:
             PageHasher(tables.block_size, hash_function) if hash_function is not None else None
         )
         self.account = Account()
+        self.hibernation: Hibernation | None = None
+        """Pages outside the block pool, if any are kept."""
         self.streams: dict[str, Stream] = {}
         self.to_refresh: set[str] = set()
         """Requests the workers have an outdated copy of: sent again with their next tokens."""
@@ -82,12 +85,18 @@ class Recycler:
                     schedule,
                     stream.prompt,
                     self.tables.num_sink_pages(schedule),
-                    lambda first: self.tables.has_sinks(schedule, first),
+                    lambda first: self._has_sinks(schedule, first),
                 )
                 self._install(request, stream, hashes)
             else:
                 self.hasher.install(request, stream)
         return stream
+
+    def _has_sinks(self, schedule: Schedule, hashes: Sequence[BlockHash]) -> bool:
+        if self.tables.has_sinks(schedule, hashes):
+            return True
+        sinks = hashes[: self.tables.num_sink_pages(schedule)]
+        return self.hibernation is not None and self.hibernation.has_sinks(sinks)
 
     def _show_prompt(self, request: Request, stream: Stream, tokens: array[int]) -> None:
         length = len(tokens)
@@ -213,6 +222,11 @@ class Recycler:
         stream = self.streams[request.request_id]
         window_delta, sink_delta = self._next_deltas(stream)
         is_ahead = request.request_id in self.tables.ledger.ahead
+        if self.hibernation is not None and not stream.chain_evictions:
+            pages = EvictionPages.of(stream.schedule, self.tables.block_size)
+            self.hibernation.keep_first(
+                request, request.block_hashes[: pages.sink_full + pages.dropped]
+            )
         moves = self.tables.evict(request.request_id, stream.schedule, window_delta, sink_delta)
         if moves is None:
             return False
@@ -272,6 +286,8 @@ class Recycler:
                 stream.sinks = stream.sinks or request.block_hashes[: pages.sinks]
                 position = anchor_position(schedule, stream.chain_evictions, size)
                 stream.anchors.append((position, request.block_hashes[end - 1]))
+            if self.hibernation is not None:
+                self.hibernation.pass_by(request.block_hashes[begin:end])
             del request.block_hashes[begin:end]
             request.update_block_hashes()
         else:
@@ -324,7 +340,7 @@ class Recycler:
             hashes = stream.prompt_hashes
             stream.anchors.extend(anchors_of(schedule, stream.parked, hashes, evictions, size))
             stream.sinks = hashes[: self.tables.num_sink_pages(schedule)]
-            stream.resumed_from = "cache"
+            stream.resumed_from = stream.brought_from or "cache"
         self.hasher.resume(request, stream, found.end)
         return len(cached)
 

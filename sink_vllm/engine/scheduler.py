@@ -121,6 +121,8 @@ class StreamingLLMMixin(AdmittingMixin):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """End a request; the account of what was evicted leaves with its last output."""
+        if self.hibernation is not None:
+            self.hibernation.keep_turn(request)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)
         self._unpark(request)
         self.admission.forget(request.request_id)
@@ -132,6 +134,11 @@ class StreamingLLMMixin(AdmittingMixin):
         if not self.requests:
             self._check_idle()
         return kv_params, ec_params
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.hibernation is not None:
+            self.hibernation.close()
 
     def _check_idle(self) -> None:
         try:
@@ -148,7 +155,10 @@ class StreamingLLMMixin(AdmittingMixin):
         output = super().schedule(throttle_prefills)
         self._settle_admissions()
         self._complete_new_requests(output)
+        stores, loads = ([], []) if self.hibernation is None else self.hibernation.take()
         plan = StepPlan(
+            stores=stores,
+            loads=loads,
             moves=self._take_moves(output),
             refreshes={
                 data.req_id: self._refresh_of(data.req_id)
@@ -179,6 +189,8 @@ class StreamingLLMMixin(AdmittingMixin):
         waits = self._short_of_pages and self._pause_state == PauseState.UNPAUSED
         stats.waiting_for_pages = waiting - self.num_waiting_for_streaming_input if waits else 0
         stats.residents = self.admission.num_residents
+        if self.hibernation is not None:
+            self.hibernation.report(stats)
         is_idle = not self.running and not output.total_num_scheduled_tokens
         if is_idle and waiting and self._first_ready() is not None:
             self._steps_stalled += 1
@@ -261,6 +273,8 @@ class StreamingLLMMixin(AdmittingMixin):
         The front end may end a request by itself (stop strings), so waiting for the last output
         would lose it.
         """
+        if self.hibernation is not None:
+            self.hibernation.done(StepPlan.of(scheduler_output))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         due = self.recycler.account.due
         if due:

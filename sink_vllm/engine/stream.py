@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash
@@ -121,6 +121,8 @@ class Stream:
     anchors: deque[tuple[int, BlockHash]] = field(default_factory=lambda: deque(maxlen=ANCHORS))
     """Where the last windows of a stored stream began, as ``policy.parked`` tells it."""
     resumed_from: ResumedFrom | None = None
+    brought_from: Literal["host", "disk"] | None = None
+    """Where pages were that it can start from, if not all of them were in the prefix cache."""
     capacity: int = field(init=False)
     """Of the schedule; read several times per step and stream."""
     composable_at: int = field(init=False)
@@ -168,7 +170,8 @@ class Stream:
             report["rebuilds"] = self.rebuilds
         if self.parked is not None:
             base = self.evicted - self.evicted_from_chain
-            report[CHAIN] = told(base, self.anchors, self.sinks, self.resumed_from)
+            resumed_from = self.resumed_from or self.brought_from
+            report[CHAIN] = told(base, self.anchors, self.sinks, resumed_from)
         return report
 
     def rebuilt(self) -> None:

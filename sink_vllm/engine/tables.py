@@ -231,25 +231,7 @@ class PageTables:
             The cached pages, past the capacity; ``None`` if the sink pages, or every window, have
             gaps in the cache.
         """
-        if not all(map(self._first.is_cached, hashes[: self.num_sink_pages(schedule)])):
-            return None
-        needed = [
-            Needed(partial(self._first.first_page, schedule), _by_page(self._first, hashes)),
-            *(Needed(one.first_page, _by_page(one, hashes)) for one in self.windowed),
-        ]
-        if self.recurrent:
-            needed.append(
-                Needed(
-                    lambda end: end - 1,
-                    lambda page: self.ledger.is_movable(hashes[page], self.state_groups),
-                )
-            )
-        end = longest_boundary(
-            min(num_pages, len(hashes)),
-            max(least, schedule.capacity // self.block_size + 1),
-            needed,
-            partial(self._first.is_resumable, schedule),
-        )
+        end = self.longest_resume(schedule, hashes, num_pages, least, _is_cached)
         if end is None:
             return None
         return FoundPages(
@@ -258,6 +240,45 @@ class PageTables:
             [one.found(hashes, end) for one in self.windowed],
             [one.found(hashes, end) for one in self.recurrent],
         )
+
+    def longest_resume(
+        self,
+        schedule: Schedule,
+        hashes: Sequence[BlockHash],
+        num_pages: int,
+        least: int,
+        has: Callable[[StreamingLLMManager | StreamingLLMWindowManager, BlockHash], bool],
+    ) -> int | None:
+        """The boundary of ``find_resume``, if ``has`` says which pages of which table there are."""
+        first = self._first
+        if not all(has(first, one) for one in hashes[: self.num_sink_pages(schedule)]):
+            return None
+
+        def needed(
+            table: StreamingLLMManager | StreamingLLMWindowManager, first_page: Callable[[int], int]
+        ) -> Needed:
+            return Needed(first_page, lambda page: has(table, hashes[page]))
+
+        return longest_boundary(
+            min(num_pages, len(hashes)),
+            max(least, schedule.capacity // self.block_size + 1),
+            [
+                needed(first, partial(first.first_page, schedule)),
+                *(needed(one, one.first_page) for one in self.windowed),
+                *self._needed_states(hashes),
+            ],
+            partial(first.is_resumable, schedule),
+        )
+
+    def _needed_states(self, hashes: Sequence[BlockHash]) -> list[Needed]:
+        """The states after the last page before a boundary; they are nowhere but in the pool."""
+        if not self.recurrent:
+            return []
+
+        def has(page: int) -> bool:
+            return self.ledger.is_movable(hashes[page], self.state_groups)
+
+        return [Needed(lambda end: end - 1, has)]
 
     def pages_to_resume(self, schedule: Schedule, found: FoundPages) -> int:
         """Free pages that ``resume`` takes at least, those it starts from included."""
@@ -320,8 +341,8 @@ class PageTables:
             window.stop_hashing(request_id)
 
 
-def _by_page(
-    manager: StreamingLLMManager | StreamingLLMWindowManager, hashes: Sequence[BlockHash]
-) -> Callable[[int], bool]:
-    """Whether the prefix cache has a page, by its place in the stream."""
-    return lambda page: manager.is_cached(hashes[page])
+def _is_cached(
+    manager: StreamingLLMManager | StreamingLLMWindowManager, block_hash: BlockHash
+) -> bool:
+    """Whether the prefix cache has a page of a table."""
+    return manager.is_cached(block_hash)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sink_vllm.gate.lengths import Temperature, rope_parameters
+from sink_vllm.policy.options import SinkOptions, flag
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -94,6 +95,7 @@ class Facts:
     rotary_op: bool = False
     """Whether rotary modules run vLLM's own op and not their torch code."""
     chunked_prefill: bool = True
+    prefix_caching: bool = False
     replayed_states: bool = False
     """Whether recurrent layers compute states from a buffer of inputs."""
     kv_cache_dtype: str = "auto"
@@ -102,6 +104,12 @@ class Facts:
     """Whether what drafts caches keys of its own."""
     kv_connector: str | None = None
     kv_offloading_gib: float | None = None
+    kept_pages: str | None = None
+    """The option that keeps pages outside the block pool."""
+    kept_on_disk: bool = False
+    executor: str | None = None
+    """What starts the workers, if it is not a process of this machine."""
+    kv_events: bool = False
     prefill_context_parallel: int = 1
     decode_context_parallel: int = 1
     pipeline_parallel: int = 1
@@ -131,12 +139,14 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         rust_frontend=os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         rotary_op=not {"none", "-rotary_embedding"} & {*vllm_config.compilation_config.custom_ops},
         chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,
+        prefix_caching=cache.enable_prefix_caching,
         replayed_states=cache.use_replayssm,
         kv_cache_dtype=cache.cache_dtype,
         speculative_method=None if speculative is None else str(speculative.method),
         draft_kv_cache=speculative is not None and speculative.uses_draft_kv_cache(),
         kv_connector=None if transfer is None else str(transfer.kv_connector),
         kv_offloading_gib=cache.kv_offloading_size,
+        **_kept_pages(vllm_config),
         prefill_context_parallel=parallel.prefill_context_parallel_size,
         decode_context_parallel=parallel.decode_context_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
@@ -146,6 +156,22 @@ def facts_of(vllm_config: "VllmConfig") -> Facts:
         microbatching=parallel.use_ubatching,
         kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
     )
+
+
+def _kept_pages(vllm_config: "VllmConfig") -> dict[str, Any]:
+    options = SinkOptions.parse(vllm_config.additional_config)
+    if options is None or not options.sink_host_gib:
+        return {}
+    parallel, events = vllm_config.parallel_config, vllm_config.kv_events_config
+    name = parallel.distributed_executor_backend
+    elsewhere = f"{parallel.nnodes} nodes" if parallel.nnodes > 1 else str(name)
+    is_local = parallel.nnodes == 1 and name in (None, "uni", "mp")
+    return {
+        "kept_pages": f"{flag('sink_host_gib')}={options.sink_host_gib}",
+        "kept_on_disk": options.sink_disk is not None,
+        "executor": None if is_local else elsewhere,
+        "kv_events": events is not None and events.enable_kv_cache_events,
+    }
 
 
 def older_ray_executor() -> bool:

@@ -54,6 +54,7 @@ class Refusal:
 
 
 _OTHER_MODEL = "serve this model with --kv-policy full"
+_KEPT = "--sink-host-gib"
 _OTHER_PLATFORM = f"{_OTHER_MODEL} on a GPU"
 
 
@@ -378,6 +379,41 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda f: _if(f.decode_context_parallel > 1, f.decode_context_parallel),
         "the pages of one stream are spread over several workers",
         "use --decode-context-parallel-size 1",
+    ),
+    Refusal(
+        "kept pages of recurrent layers",
+        "pages kept outside the block pool, of models with recurrent layers",
+        lambda f: _if(bool(f.recurrent_layers), f.kept_pages),
+        "the states of recurrent layers would be missing beside them",
+        f"drop {_KEPT}",
+    ),
+    Refusal(
+        "kept pages without prefix caching",
+        "pages kept outside the block pool, without the prefix cache",
+        lambda f: _if(not f.prefix_caching, f.kept_pages),
+        "pages are kept and found by its hashes",
+        f"use --enable-prefix-caching, or drop {_KEPT}",
+    ),
+    Refusal(
+        "kept pages with pipeline parallelism",
+        "pages kept outside the block pool, with pipeline parallelism",
+        lambda f: _if(f.pipeline_parallel > 1, f.kept_pages),
+        "the stages have pages of different sizes, which are counted as one",
+        f"use --tensor-parallel-size, or drop {_KEPT}",
+    ),
+    Refusal(
+        "kept pages with KV events",
+        "pages kept outside the block pool, with KV events",
+        lambda f: _if(f.kv_events, f.kept_pages),
+        "pages that come back into the block pool are not announced",
+        f"drop --kv-events-config, or {_KEPT}",
+    ),
+    Refusal(
+        "pages on disk with workers elsewhere",
+        "pages on disk, with workers that are no processes of one machine",
+        lambda f: _if(f.kept_on_disk, f.executor),
+        "engine core and workers share the host memory that files are read into",
+        "use --distributed-executor-backend mp on one node, or drop --sink-disk",
     ),
     Refusal(
         "pipeline parallelism",

@@ -35,6 +35,11 @@ class SinkConfig:
     """Longest window (tokens) of layers that have page tables of their own; 0 if none have."""
     recurrent: bool = False
     """Whether there are recurrent layers, which have page tables of their own."""
+    host_gib: float = 0
+    """Host memory for pages that the block pool has reused, of all workers of an engine."""
+    disk: str | None = None
+    """Folder for pages that outlive the server."""
+    disk_gib: float = 0
 
     @property
     def capacity(self) -> int:
@@ -55,6 +60,9 @@ class SinkConfig:
             "sink_prompt": self.sink_prompt,
             "sink_pin": self.sink_pin,
             "sink_max_stream_tokens": self.max_stream_tokens,
+            "sink_host_gib": self.host_gib,
+            "sink_disk": self.disk,
+            "sink_disk_gib": self.disk_gib,
         }
 
     @classmethod
@@ -104,6 +112,9 @@ class SinkConfig:
             sink_prompt=options.sink_prompt,
             sink_pin=options.sink_pin,
             max_stream_tokens=options.sink_max_stream_tokens,
+            host_gib=options.sink_host_gib,
+            disk=options.sink_disk,
+            disk_gib=options.sink_disk_gib,
         )
 
     @classmethod
@@ -145,6 +156,9 @@ class SinkConfig:
             max_stream_tokens=options.sink_max_stream_tokens,
             native_window=_native_window(vllm_config, options.sink_window),
             recurrent=vllm_config.model_config.is_hybrid,
+            host_gib=options.sink_host_gib,
+            disk=options.sink_disk,
+            disk_gib=options.sink_disk_gib,
         )
 
 

@@ -23,6 +23,9 @@ OPTION_KEYS = (
     "sink_streams_idle",
     "sink_streams_tokens",
     "sink_streams_db",
+    "sink_host_gib",
+    "sink_disk",
+    "sink_disk_gib",
 )
 POLICIES = ("full", "sink")
 PROMPT_MODES = ("stream", "truncate")
@@ -68,6 +71,12 @@ class SinkOptions:
     """Tokens it holds of all streams together, four bytes each."""
     sink_streams_db: str | None = None
     """Database that its streams outlive the server in."""
+    sink_host_gib: float = 0
+    """Host memory for pages that the block pool has reused, of all workers of an engine."""
+    sink_disk: str | None = None
+    """Folder for pages that outlive the server."""
+    sink_disk_gib: float = 0
+    """Bytes in it, in GiB."""
 
     @classmethod
     def parse(cls, additional_config: object) -> "SinkOptions | None":
@@ -130,6 +139,7 @@ class SinkOptions:
         path: object = self.sink_streams_db
         if path is not None and (not isinstance(path, str) or not path):
             raise ValueError(f"{flag('sink_streams_db')}={path!r} is no path of a file; name one.")
+        self._check_tiers()
         if (most := self.sink_max_stream_tokens) == 1 or most > MOST_STREAM_TOKENS:
             reason = "leaves no room for output" if most == 1 else "is more than vLLM counts"
             raise ValueError(
@@ -144,3 +154,25 @@ class SinkOptions:
                 raise ValueError(
                     f"{flag(key)}={mode!r} is not a {what}; use one of {', '.join(modes)}."
                 )
+
+    def _check_tiers(self) -> None:
+        for key in ("sink_host_gib", "sink_disk_gib"):
+            gib: object = getattr(self, key)
+            if isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 <= gib < 2**20:
+                raise ValueError(
+                    f"{flag(key)}={gib!r} is no size; use a number of GiB, or 0 for none."
+                )
+        path: object = self.sink_disk
+        if path is not None and (not isinstance(path, str) or not path):
+            raise ValueError(f"{flag('sink_disk')}={path!r} is no path of a folder; name one.")
+        if bool(self.sink_disk) != bool(self.sink_disk_gib):
+            given, other = ("sink_disk", "sink_disk_gib")[:: 1 if self.sink_disk else -1]
+            raise ValueError(
+                f"{flag(given)}={getattr(self, given)!r} is of no use without {flag(other)}; give "
+                "both, or drop it."
+            )
+        if self.sink_disk and not self.sink_host_gib:
+            raise ValueError(
+                f"{flag('sink_disk')}={self.sink_disk!r} is read and written through host memory, "
+                f"and there is none; add {flag('sink_host_gib')}."
+            )

@@ -23,7 +23,7 @@ KEY = "streaming_llm_parked"
 """In the ``extra_args`` of a request."""
 CHAIN = "chain"
 """In the account of a response (``policy.report``)."""
-ResumedFrom = Literal["cache", "survivors"]
+ResumedFrom = Literal["cache", "host", "disk", "survivors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,8 @@ class Chain:
     """Where the last few windows began: chain position of the page, and hash of the one before."""
     sinks: tuple[bytes, ...] = ()
     resumed_from: ResumedFrom | None = None
-    """``"cache"``; ``"survivors"`` if the pages were gone; ``None``: computed from its start."""
+    """``"cache"``; ``"host"`` or ``"disk"`` if pages had to be brought back from there;
+    ``"survivors"`` if they were gone; ``None``: computed from its start."""
 
     def wire(self) -> dict[str, Any]:
         return asdict(self)

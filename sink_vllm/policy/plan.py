@@ -26,6 +26,15 @@ class PageMove(NamedTuple):
     """KV cache group whose layers have these pages."""
 
 
+class PageCopy(NamedTuple):
+    """Copy a whole page between the KV cache and a slot of host memory, as it is."""
+
+    block: int
+    slot: int
+    group: int = 0
+    """KV cache group whose layers have the page."""
+
+
 class Refresh(NamedTuple):
     """What replaces the state of a request in the workers, when its tokens were compacted."""
 
@@ -39,15 +48,21 @@ class Refresh(NamedTuple):
 
 @dataclass(slots=True)
 class StepPlan:
-    """Page moves of one step and the requests whose state is replaced."""
+    """What the workers do before the forward pass of a step, in the order of these fields."""
 
     ATTRIBUTE: ClassVar[str] = "streaming_llm"
 
+    stores: list[PageCopy] = field(default_factory=list)
+    """Pages that are copied out, before anything of the step writes; no slot twice."""
+    loads: list[PageCopy] = field(default_factory=list)
+    """Pages that are copied back; no block twice."""
     moves: list[PageMove] = field(default_factory=list)
+    """Page moves of evictions and resumptions."""
     refreshes: dict[str, Refresh] = field(default_factory=dict)
+    """Requests whose state is replaced."""
 
     def __bool__(self) -> bool:
-        return bool(self.moves or self.refreshes)
+        return bool(self.stores or self.loads or self.moves or self.refreshes)
 
     @classmethod
     def of(cls, scheduler_output: Any) -> "StepPlan | None":

@@ -23,7 +23,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _PREFIX = "streaming_llm."
-GAUGES = ("waiting_for_pages", "steps_stalled", "residents")
+GAUGES = (
+    "waiting_for_pages",
+    "steps_stalled",
+    "residents",
+    "host_bytes",
+    "disk_bytes",
+)
 
 
 @dataclass(slots=True)
@@ -42,12 +48,22 @@ class StreamingLLMStats:
     """Evictions of which something was in the pages before they happened."""
     resumed: int = 0
     """Long prompts that went on from cached pages past their first eviction."""
+    pages_kept: int = 0
+    """KV pages copied to host memory."""
+    pages_back: int = 0
+    """KV pages copied back."""
+    pages_read: int = 0
+    """Of those, pages that had to be read from disk first."""
     waiting_for_pages: int = 0
     """Requests that wait because there are no pages for the first of them."""
     steps_stalled: int = 0
     """Steps in a row in which nothing ran although somebody waited."""
     residents: int = 0
     """Requests whose whole share of pages is reserved."""
+    host_bytes: int = 0
+    """Of KV pages in host memory, of all workers."""
+    disk_bytes: int = 0
+    """Of files with KV pages."""
 
     def attach(self, scheduler_stats: Any) -> None:
         """Put the gauges, and counters that are not zero, into vLLM's ``SchedulerStats``."""

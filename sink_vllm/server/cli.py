@@ -110,6 +110,26 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "SQLite database in which the streams of /v1/streams outlive the server; made if "
         "there is none. Default: they are forgotten with it.",
     },
+    "sink_host_gib": {
+        "type": float,
+        "metavar": "GIB",
+        "help": "Host memory in which an engine (all its workers together) keeps pages of streams "
+        "and conversations whose turn has ended. When the block pool has reused them, they are "
+        "copied back instead of computed again. 0 keeps none. Default: 0.",
+    },
+    "sink_disk": {
+        "type": str,
+        "metavar": "PATH",
+        "help": "Folder in which the same pages are kept beyond host memory and beyond the server; "
+        "made if there is none. Needs --sink-host-gib, through which they are read and written. "
+        "Default: none.",
+    },
+    "sink_disk_gib": {
+        "type": float,
+        "metavar": "GIB",
+        "help": "Most that an engine keeps in that folder; the least recently used goes first. "
+        "Default: 0.",
+    },
 }
 
 

@@ -155,6 +155,7 @@ def _given_len(config: SinkConfig, longest: int) -> int:
 
 def _finish(vllm_config: "VllmConfig", config: SinkConfig, longest: int) -> None:
     """Refuse what only the finished configuration shows, and make it carry the plugin."""
+    from sink_vllm.compat.disk_folder import check_folder
     from sink_vllm.compat.shipping import ShippedConfig
     from sink_vllm.ray.choose import choose_executor
 
@@ -176,6 +177,8 @@ def _finish(vllm_config: "VllmConfig", config: SinkConfig, longest: int) -> None
         # A prompt is begun in one step or not at all, also while all others decode.
         whole = config.max_model_len + scheduler.max_num_seqs
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, whole)
+    with refusals():
+        check_folder(config, vllm_config)
     choose_executor(vllm_config.parallel_config)
     vllm_config.additional_config = ShippedConfig(
         cast(dict[str, Any], vllm_config.additional_config)

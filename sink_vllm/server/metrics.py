@@ -26,6 +26,9 @@ COUNTERS = {  # field of StreamingLLMStats: (name without "_total", documentatio
         "Evictions whose head page, or part of whose window, was composed in steps before.",
     ),
     "resumed": ("resumed_streams", "Long prompts resumed from cached pages."),
+    "pages_kept": ("kept_pages", "KV pages copied to host memory."),
+    "pages_back": ("returned_pages", "KV pages copied back from host memory."),
+    "pages_read": ("read_pages", "KV pages read from disk."),
 }
 GAUGES = {  # field of StreamingLLMStats: (name, documentation)
     "waiting_for_pages": ("waiting_for_pages", "Requests waiting because pages are short."),
@@ -34,6 +37,8 @@ GAUGES = {  # field of StreamingLLMStats: (name, documentation)
         "Steps in a row in which nothing ran although a request waited; more than a few is a hang.",
     ),
     "residents": ("resident_streams", "Requests whose whole share of KV pages is reserved."),
+    "host_bytes": ("host_bytes", "Bytes of KV pages in host memory."),
+    "disk_bytes": ("disk_bytes", "Bytes of files with KV pages."),
 }
 LENGTH_BUCKETS = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]  # tokens
 

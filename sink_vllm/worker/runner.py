@@ -3,9 +3,12 @@
 from typing import Any, ClassVar
 
 from vllm import envs
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from sink_vllm.compat.parts import check_config
+from sink_vllm.compat.shared import share
+from sink_vllm.compat.slots import num_slots, page_bytes
 from sink_vllm.compat.spec import (
     check_groups,
     under_policy,
@@ -25,6 +28,7 @@ from sink_vllm.worker.layers.attention import (
 )
 from sink_vllm.worker.layers.recurrent import recurrent_layers
 from sink_vllm.worker.layers.rope_table import extend_rope_tables
+from sink_vllm.worker.moves.arena import Arena, layout_of
 from sink_vllm.worker.moves.mover import PageMover
 from sink_vllm.worker.moves.states import StateMover
 from sink_vllm.worker.scratch import Scratch
@@ -42,6 +46,8 @@ class StreamingLLMRunner(_Runner):
     page_mover: PageMover
     state_mover: StateMover
     page_scratch: Scratch
+    page_arena: Arena | None = None
+    """Host memory for pages, if any are kept."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -79,10 +85,13 @@ class StreamingLLMRunner(_Runner):
     ) -> None:
         with refusals():
             check_groups(kv_cache_config, self.cache_config.block_size)
-        kv_cache_config = with_shared_layers(kv_cache_config, shared_layers(self.vllm_config))
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        with_layers = with_shared_layers(kv_cache_config, shared_layers(self.vllm_config))
+        super().initialize_kv_cache(with_layers, *args, **kwargs)
         with refusals():
-            self._bind_pages(kv_cache_config)
+            self._bind_pages(with_layers)
+            # vLLM makes a small cache first to see what graphs take, and drops it again.
+            if not (kwargs.get("is_profiling") or any(args[:1])):
+                self._bind_arena(kv_cache_config)
 
     def _bind_pages(self, kv_cache_config: KVCacheConfig) -> None:
         groups = kv_cache_config.kv_cache_groups
@@ -101,3 +110,27 @@ class StreamingLLMRunner(_Runner):
         if plan is not None and plan.moves:
             self.page_mover.run(plan.moves)
             self.state_mover.run(plan.moves)
+
+    def _bind_arena(self, kv_cache_config: KVCacheConfig) -> None:
+        """Host memory for pages, if any are to be kept."""
+        slots = num_slots(self._config, self.vllm_config, kv_cache_config)
+        if slots:
+            size = page_bytes(kv_cache_config)
+            shared = None
+            if self._config.disk is not None:
+                parallel = self.vllm_config.parallel_config
+                shared = share(
+                    slots * size,
+                    parallel.rank,
+                    layout_of(self.page_mover, size),
+                    is_child=parallel.distributed_executor_backend == "mp",
+                )
+            self.page_arena = Arena(self.page_mover, slots, size, self.device, shared)
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Copies of pages come before all else of a step, one without tokens included."""
+        plan = StepPlan.of(scheduler_output)
+        if plan is not None and (plan.stores or plan.loads):
+            assert self.page_arena is not None, "the engine core keeps pages, and this worker none"
+            self.page_arena.run(plan)
+        return super().execute_model(scheduler_output, *args, **kwargs)

@@ -36,6 +36,7 @@ REACH = {
     "windowed": 0.1,
     "recurrent": 0.1,
     "drafts accepted": 1,
+    "pages brought back": 0.1,
     "evictions with drafts": 0.3,
     "evictions composed ahead": 0.2,
     "heads given back": 0.003,

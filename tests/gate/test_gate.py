@@ -127,6 +127,28 @@ CASES: dict[str, tuple[Facts, str]] = {
     "KV connector": (Facts(kv_connector="LMCacheConnectorV1"), "LMCacheConnectorV1"),
     "prefill context parallelism": (Facts(prefill_context_parallel=2), "2"),
     "decode context parallelism": (Facts(decode_context_parallel=4), "4"),
+    "kept pages of recurrent layers": (
+        Facts(recurrent_layers=("mamba2",), kept_pages="--sink-host-gib=2"),
+        "--sink-host-gib=2",
+    ),
+    "kept pages without prefix caching": (
+        Facts(kept_pages="--sink-host-gib=2"),
+        "--sink-host-gib=2",
+    ),
+    "kept pages with pipeline parallelism": (
+        Facts(kept_pages="--sink-host-gib=2", prefix_caching=True, pipeline_parallel=2),
+        "--sink-host-gib=2",
+    ),
+    "kept pages with KV events": (
+        Facts(kept_pages="--sink-host-gib=2", prefix_caching=True, kv_events=True),
+        "--sink-host-gib=2",
+    ),
+    "pages on disk with workers elsewhere": (
+        Facts(
+            kept_pages="--sink-host-gib=2", prefix_caching=True, kept_on_disk=True, executor="ray"
+        ),
+        "ray",
+    ),
     "pipeline parallelism": (Facts(pipeline_parallel=2, v2_runner=True), "2"),
     "legacy Ray executor": (
         Facts(legacy_ray_executor=True),

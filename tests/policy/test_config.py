@@ -132,6 +132,27 @@ def test_all_options() -> None:
             "tokens, or 0 for no bound.",
         ),
         (
+            SINK | {"sink_host_gib": -1},
+            "--sink-host-gib=-1 is no size; use a number of GiB, or 0 for none.",
+        ),
+        (
+            SINK | {"sink_disk": ""},
+            "--sink-disk='' is no path of a folder; name one.",
+        ),
+        (
+            SINK | {"sink_host_gib": 1, "sink_disk": "/pages"},
+            "--sink-disk='/pages' is of no use without --sink-disk-gib; give both, or drop it.",
+        ),
+        (
+            SINK | {"sink_host_gib": 1, "sink_disk_gib": 0.5},
+            "--sink-disk-gib=0.5 is of no use without --sink-disk; give both, or drop it.",
+        ),
+        (
+            SINK | {"sink_disk": "/pages", "sink_disk_gib": 1},
+            "--sink-disk='/pages' is read and written through host memory, and there is none; add "
+            "--sink-host-gib.",
+        ),
+        (
             SINK | {"sink_prompt": "cut"},
             "--sink-prompt='cut' is not a prompt mode; use one of stream, truncate.",
         ),

@@ -23,6 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.policy.report import KEY
 from sink_vllm.policy.schedule import Schedule, cdiv
+from tests.support.kept_pages import watch_pages
 from tests.support.preemptions import watch_preemptions
 from tests.support.scheduler_only import Core, Settings, check_integrity, leftovers
 
@@ -100,6 +101,7 @@ class Watch:
         watch_preemptions(self.core.scheduler, before=lambda _: self.reach.update(("preemptions",)))
         self.core.scheduler.recycler.evict = counted_evict
         self._count_ahead(self.core.scheduler.recycler)
+        self._kept = watch_pages(self.core) if settings.slots else None
 
     def _count_ahead(self, recycler: Any) -> None:
         give_back = recycler.give_back_ahead
@@ -187,6 +189,8 @@ class Watch:
             names = [one.request_id for one in core.could_run()]
             raise self._stuck("hang", f"{self._idle} steps without a token for {names}")
         check_integrity(core)
+        if self._kept is not None:
+            self._kept.check()
         for output in outputs:
             self._hear(output)
         self._check_streams()
@@ -287,6 +291,9 @@ class Watch:
         free = self.core.pool.get_num_free_blocks()
         if free != self.core.num_pages:
             raise Unfair("leak", f"{free} of {self.core.num_pages} pages are free")
+        if self._kept is not None:
+            self._kept.check_idle()
+            self.reach["pages brought back"] += self._kept.brought_back
         if self.core.scheduler.requests:
             raise Unfair("leak", f"requests {list(self.core.scheduler.requests)}")
         left = leftovers(self.core, set(self.clients))
@@ -329,6 +336,14 @@ def draw_settings(rng: random.Random) -> Settings:
     )
 
 
+def _draw_slots(seed: int, settings: Settings) -> int:
+    """Pages that are kept outside the pool: none, hardly those of one stream, or many."""
+    rng = random.Random(f"{seed} slots")
+    full = cdiv(settings.schedule.capacity, settings.block_size)
+    full += cdiv(settings.schedule.sink_tokens, settings.block_size)
+    return rng.choice((0, 2 * full + rng.randint(2, 9), 300)) if rng.random() < 0.7 else 0
+
+
 class Episode:
     """What random clients do to a random engine."""
 
@@ -344,6 +359,8 @@ class Episode:
         states = random.Random(f"{seed} states").choice((0, 0, 0, 0, 0, 0, 1, 3))
         if states:
             self.settings = replace(self.settings, recurrent=states, drafts=0)
+        if self.settings.caching and not self.settings.recurrent:
+            self.settings = replace(self.settings, slots=_draw_slots(seed, self.settings))
         self.watch = Watch(self.settings)
         self.arrivals = rng.randint(2, 6)
         self.eager = rng.choice((0.1, 0.3, 1.0))

@@ -41,6 +41,8 @@ class PageContent:
     rows: dict[str, Row] = field(default_factory=dict)
     pages: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Token ids by group and page; -1 where nothing was written."""
+    slots: dict[int, list[int]] = field(default_factory=dict)
+    """The same of pages that are kept outside the pool."""
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What the state of a request must be, and its last token; it begins anew where nothing is
     computed yet."""
@@ -61,6 +63,10 @@ class PageContent:
         plan = StepPlan.of(planned) or StepPlan()
         self._learn_new(planned, plan)
         self._learn_cached(planned)
+        for copy in plan.stores:
+            self.slots[copy.slot] = list(self._page(copy.group, copy.block))
+        for copy in plan.loads:
+            self.pages[copy.group, copy.block] = list(self.slots[copy.slot])
         read = [self._page(m.group, m.src)[m.begin : m.end] for m in plan.moves]
         for move, tokens in zip(plan.moves, read, strict=True):
             self._page(move.group, move.dst)[move.begin : move.end] = tokens

@@ -88,6 +88,8 @@ class Settings:
     recurrent: int = 0
     """Groups of recurrent layers, with page tables of their own."""
     log_stats: bool = False
+    slots: int = 0
+    """Pages that are kept outside the pool when turns end."""
     drafts: int = 0
     """Tokens per request and step that n-grams suggest; 0: no speculation."""
 
@@ -96,7 +98,14 @@ class Settings:
             schedule=self.schedule,
             block_size=self.block_size,
             sink_prompt="truncate" if self.truncate else "stream",
+            host_gib=self.slots * _page_bytes(self) / 2**30,
         ).as_additional_config()
+
+
+def _page_bytes(settings: Settings) -> int:
+    if not settings.slots:
+        return 0
+    return max(one.page_size_bytes for one in _attention_groups(settings))
 
 
 @functools.cache

@@ -182,8 +182,9 @@ class AppendUsage(BaseModel):
     cached_tokens: int = Field(description="Of the stream before, found in the prefix cache.")
     computed_tokens: int = Field(description="Prompt tokens that had to be computed.")
     resumed_from: ResumedFrom | None = Field(
-        description="What the stream went on from: its cached pages; its tokens in the window "
-        "alone, as the pages were gone; null if all of it was computed again."
+        description="What the stream went on from: its cached pages; pages kept in host memory or "
+        "on disk; its tokens in the window alone, as the pages were gone; null if all of it was "
+        "computed again."
     )
 
 

@@ -101,7 +101,7 @@ class Turn:
         if (told := _told_in(self._first)) is not None:
             chain = Chain.read(told)
             self._resumed_from = chain.resumed_from
-            self._skipped = 0 if chain.resumed_from == "cache" else chain.base
+            self._skipped = chain.base if chain.resumed_from in (None, "survivors") else 0
         if self._resumed_from is None and self._cached:
             self._resumed_from = "cache"
         if self._resumes is not None and stream.position:

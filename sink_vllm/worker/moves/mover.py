@@ -103,6 +103,10 @@ class PageMover:
         for group in self._bound_groups():
             group.clear(pages)
 
+    def layer_groups(self) -> "list[_LayerGroup]":
+        """Layers by the kind of their pages: what can be copied at once."""
+        return self._bound_groups()
+
     def rebind(self) -> None:
         """Forget what was derived from layers: their rotation or caches have changed."""
         self._groups = []

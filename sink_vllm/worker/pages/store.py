@@ -100,10 +100,15 @@ class PageStore:
             Scratch pages ``[n, last - first, page_size]``.
         """
         rows = self._rows_of(pages, first, last)
-        shape = (rows.shape[0], self._rows.shape[1])
-        scratch = self._scratch.take(slot, shape, self._word)
-        torch.index_select(self._rows, 0, rows, out=scratch)
-        return scratch.view(self.dtype).view(len(pages), last - first, self.page_size)
+        scratch = self.scratch_pages(len(pages), first, last, slot)
+        words = scratch.view(-1).view(self._word).view(rows.shape[0], -1)
+        torch.index_select(self._rows, 0, rows, out=words)
+        return scratch
+
+    def scratch_pages(self, count: int, first: int, last: int, slot: str) -> torch.Tensor:
+        """Scratch pages ``[count, last - first, page_size]`` with anything in them."""
+        shape = (count, last - first, self.page_size)
+        return self._scratch.take(slot, shape, self.dtype)
 
     def scatter(self, pages: torch.Tensor, first: int, last: int, scratch: torch.Tensor) -> None:
         """Write scratch pages of layers ``[first, last)`` to ``pages`` (no page twice)."""
