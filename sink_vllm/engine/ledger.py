@@ -162,6 +162,13 @@ class PageLedger:
         self.retain(block)
         return target
 
+    def exchange(self, block: KVCacheBlock) -> None:
+        """An owner of ``block`` goes on with a page that was composed of it before: the reference
+        is taken over."""
+        if self.before_rewriting is not None:
+            self.before_rewriting(block)
+        self.retain(block)
+
     # -- the prefix cache -------------------------------------------------------------------
 
     @contextmanager

@@ -207,7 +207,7 @@ class StreamingLLMManager(FullAttentionManager):
             has_head |= index == pages.sink_full and pages.border is not None
             evictions = (index - pages.sink_full) // pages.dropped + 1
             self._copied.add(request_id, block, evictions)
-            self.ledger.retain(block)
+            self.ledger.exchange(block)
         return has_head, left
 
     def _is_ahead(self, request_id: str, index: int) -> bool:
