@@ -21,6 +21,13 @@ from sink_vllm.server.streams.response import repeated
 from sink_vllm.server.streams.service import StreamService
 
 _RETRY_AFTER = 1  # second: turns end at any time
+_TEMPORARY = (HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS)
+_LATER = {
+    "Retry-After": {
+        "description": "Seconds, where waiting for somebody's turn to end is enough.",
+        "schema": {"type": "integer"},
+    }
+}
 EVENT = {
     "type": "object",
     "description": "A server-sent event: `Delta`, the account, or the text `[DONE]`.",
@@ -40,7 +47,11 @@ def errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
         HTTPStatus.SERVICE_UNAVAILABLE,
     )
     return {
-        status.value: {"model": ErrorResponse, "description": status.phrase}
+        status.value: {
+            "model": ErrorResponse,
+            "description": status.phrase,
+            **({"headers": _LATER} if status in _TEMPORARY else {}),
+        }
         for status in (*everywhere, *statuses)
     }
 

@@ -1,9 +1,12 @@
 """``--api-server-count``: any API server serves any stream, by the rules of one server."""
 
+import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -11,6 +14,8 @@ import psutil
 import pytest
 
 from examples.serving import Metrics, Server, ServerError
+from examples.streams_client import StreamsClient
+from examples.streams_feed import Feed, batches
 from tests.conftest import ModelFactory
 from tests.support.serving import CAPACITY, SCHEDULE, Client, prompt_of, tiny_server
 from tests.support.tiny_models import TinyLlama
@@ -21,6 +26,8 @@ PLUGINS = {"VLLM_PLUGINS": "sink_vllm"}
 GENERATE = {"temperature": 0, "ignore_eos": True}
 KEY = "a-key"
 SERVERS = 2
+PLACES = 8
+"""Requests at once, of ``tiny_server``."""
 
 
 class _ApiServer:
@@ -37,7 +44,7 @@ class _ApiServer:
             process.pid
             for process in server.processes()
             for connection in process.net_connections("tcp")
-            if connection.raddr and connection.raddr.port == own
+            if connection.raddr[1:] == (own,)
         }
 
     def call(self, method: str, path: str, status: int, **body: Any) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny_llama: ModelFactory, database: Path) -> Iterator[Server]:
     flags = ["--api-server-count", f"{SERVERS}", "--api-key", KEY]
+    flags += ["--scheduling-policy", "priority"]
     flags += ["--sink-streams-db", str(database), "--enable-prompt-tokens-details"]
     with tiny_server(tiny_llama(TinyLlama()), *flags, environment=PLUGINS) as server:
         server.wait(lambda _waited: None)
@@ -138,13 +146,85 @@ def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(servers: list[_Api
         assert time.monotonic() < deadline
     assert one.gauges() == (streams, in_use)
 
-    body = {"tokens": [66, 67], "generate": {**GENERATE, "max_tokens": 5}}
-    first = one.append(stream_id, key="k", **body)
-    again = other.append(stream_id, key="k", **body)
+    again_body: dict[str, Any] = {"tokens": [66, 67], "generate": GENERATE | {"max_tokens": 5}}
+    first = one.append(stream_id, key="k", **again_body)
+    again = other.append(stream_id, key="k", **again_body)
     for answer in (first, again):  # seconds go on
         for name in ("age_seconds", "idle_seconds", "expires_in_seconds"):
             del answer["stream"][name]
     assert again == first
+
+
+def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_ApiServer]) -> None:
+    """Of two that wait for a place, the one that came last and is more urgent answers first."""
+    ids = [servers[0].create(tokens=prompt_of(40), priority=5) for _ in range(PLACES)]
+    late, urgent = (servers[0].create(tokens=prompt_of(40), priority=p) for p in (9, 0))
+    assert servers[1].call("GET", f"/v1/streams/{late}", 200)["priority"] == 9
+    order: list[str] = []
+
+    def ask(stream_id: str, **body: Any) -> None:
+        one = _ApiServer(server)
+        one.append(stream_id, generate={**GENERATE, "max_tokens": 3}, **body)
+        order.append(stream_id)
+
+    with ExitStack() as stack:
+        turns = []
+        for number, stream_id in enumerate(ids):
+            body = {"stream": True, "generate": {**GENERATE, "max_tokens": 100_000}}
+            path, one = f"/v1/streams/{stream_id}/append", servers[number % SERVERS]
+            turns.append(stack.enter_context(one.http.stream("POST", path, json=body)))
+            assert next(turns[-1].iter_lines()).startswith("data: ")
+        threads = [Thread(target=ask, args=(late,))]
+        threads += [Thread(target=ask, args=(urgent,), kwargs={"priority": -1})]
+        client = Client(server)
+        for waiting, thread in enumerate(threads, start=1):
+            thread.start()
+            _eventually(lambda n=waiting: client.counter("vllm:num_requests_waiting") == n)  # type: ignore[misc]
+        turns[0].close()
+        for thread in threads:
+            thread.join(120)
+    assert order == [urgent, late]
+    _eventually(lambda: servers[0].gauges()[1] == 0)
+
+
+def _eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_examples(server: Server, servers: list[_ApiServer]) -> None:
+    """Lines in, alerts out, past the capacity; a stream that is gone is made again."""
+    client = StreamsClient(server.url, KEY)
+    stream_id = client.create(tokens=prompt_of(40))
+    answers = [client.append(stream_id, "k", text="abc", generate=GENERATE | {"max_tokens": 4})]
+    answers += [client.append(stream_id, "k", text="abc", generate=GENERATE | {"max_tokens": 4})]
+    assert answers[0]["text"] == answers[1]["text"]
+    assert client.get(stream_id)["position"] == 40 + 3 + 4
+    *deltas, last = client.events(stream_id, generate=GENERATE | {"max_tokens": 5})
+    assert deltas
+    assert last["stream"]["position"] == 40 + 3 + 4 + 5
+    client.delete(stream_id)
+
+    lines = iter([f"line {number}\n" for number in range(400)] + ["\n", "the last one\n", ""])
+    feed, alerts = Feed(server.url, KEY, "Watch a log.", max_tokens=6), list[str]()
+
+    async def read() -> str:
+        await asyncio.sleep(0)
+        return next(lines)
+
+    async def watch() -> None:
+        async for alert in feed.alerts(batches(read)):
+            alerts.append(alert)
+            if len(alerts) == 1:
+                servers[0].call("DELETE", f"/v1/streams/{feed.stream_id}", 200)
+
+    asyncio.run(watch())
+    assert len(alerts) >= 2
+    info = servers[1].call("GET", f"/v1/streams/{feed.stream_id}", 200)
+    assert info["evictions"] > 3
+    assert info["sink_tokens"] > SCHEDULE.sink_tokens  # pinned
 
 
 def test_a_second_server_on_the_database_ends_before_it_loads(
