@@ -141,8 +141,7 @@ class Handler:
         ``priority`` is the stream's by default; a header of vLLM's goes before both.
         """
         handler = self._completions
-        request = _asking_for(stream.model)
-        request.priority = stream.priority if priority is None else priority
+        request = _asking_for(stream.model, stream.priority if priority is None else priority)
         request_id = f"append-{handler._base_request_id(raw_request, request.request_id)}"
         headers = None
         if raw_request is not None:
@@ -181,9 +180,9 @@ class Handler:
         self._completions._raise_if_error(finish_reason, request_id)
 
 
-def _asking_for(model: str) -> CompletionRequest:
+def _asking_for(model: str, priority: int = 0) -> CompletionRequest:
     """A request for ``model``, for what vLLM looks up in requests."""
-    return CompletionRequest.model_validate({"model": model, "prompt": "a"})
+    return CompletionRequest.model_validate({"model": model, "prompt": "a", "priority": priority})
 
 
 def engine_of(stream_id: str, engines: int) -> int:

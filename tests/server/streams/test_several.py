@@ -137,7 +137,8 @@ def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(servers: list[_Api
     generate = {**GENERATE, "max_tokens": 100_000}
     body = {"stream": True, "generate": generate}
     with one.http.stream("POST", f"/v1/streams/{stream_id}/append", json=body) as events:
-        assert next(events.iter_lines()).startswith("data: ")
+        lines = events.iter_lines()  # kept: without it the connection is closed
+        assert next(lines).startswith("data: ")
         answer = other.http.post(f"/v1/streams/{stream_id}/append", json={"tokens": [65]})
         assert (answer.status_code, answer.headers["Retry-After"]) == (409, "1")
         assert other.gauges() == one.gauges() == (streams, in_use + 1)
@@ -172,15 +173,16 @@ def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_Ap
         for number, stream_id in enumerate(ids):
             body = {"stream": True, "generate": {**GENERATE, "max_tokens": 100_000}}
             path, one = f"/v1/streams/{stream_id}/append", servers[number % SERVERS]
-            turns.append(stack.enter_context(one.http.stream("POST", path, json=body)))
-            assert next(turns[-1].iter_lines()).startswith("data: ")
+            answer = stack.enter_context(one.http.stream("POST", path, json=body))
+            turns.append((answer, answer.iter_lines()))
+            assert next(turns[-1][1]).startswith("data: ")
         threads = [Thread(target=ask, args=(late,))]
         threads += [Thread(target=ask, args=(urgent,), kwargs={"priority": -1})]
         client = Client(server)
         for waiting, thread in enumerate(threads, start=1):
             thread.start()
             _eventually(lambda n=waiting: client.counter("vllm:num_requests_waiting") == n)  # type: ignore[misc]
-        turns[0].close()
+        turns[0][0].close()
         for thread in threads:
             thread.join(120)
     assert order == [urgent, late]
