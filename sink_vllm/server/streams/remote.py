@@ -46,7 +46,9 @@ class RemoteStore:
         self._questions = itertools.count()
         self._watch: Callable[[Numbers], None] | None = None
         self._ended = False
-        threading.Thread(target=self._read, name="sink_vllm-streams", daemon=True).start()
+        self._sender: int | None = None  # the thread that is sending
+        self._reader = threading.Thread(target=self._read, name="sink_vllm-streams", daemon=True)
+        self._reader.start()
         self.limits: Limits = self._ask("limits").result()
 
     def watch(self, watch: Callable[[Numbers], None]) -> None:
@@ -68,9 +70,18 @@ class RemoteStore:
         return stream
 
     def release(self, stream: StoredStream) -> None:
-        """Tell what has become of a stream; its owner has it until then as it was."""
+        """Tell what has become of a stream; its owner has it until then as it was.
+
+        Whoever is answered after this can go on with it at any API server.
+        """
+        if threading.get_ident() in (self._reader.ident, self._sender):
+            # A turn that is lost gives its stream back where it happens to be collected.
+            threading.Thread(target=self.release, args=(stream,), daemon=True).start()
+            return
         stream.busy, stream.used = False, self.clock()
-        self._ask("release", stream).add_done_callback(log_failure)
+        released = self._ask("release", stream)
+        released.add_done_callback(log_failure)
+        released.exception()  # waits
 
     def remove(self, stream_id: str) -> None:
         self._ask("remove", stream_id).result()
@@ -98,6 +109,7 @@ class RemoteStore:
         number, future = next(self._questions), Future[Any]()
         future.set_running_or_notify_cancel()  # whoever waits may leave, the answer comes anyway
         with self._sending:
+            self._sender = threading.get_ident()
             self._waiting[number] = future
             try:
                 if self._ended:
@@ -106,6 +118,8 @@ class RemoteStore:
             except (OSError, EOFError):
                 del self._waiting[number]
                 future.set_exception(Unreachable(_GONE))
+            finally:
+                self._sender = None
         return future
 
     def _read(self) -> None:

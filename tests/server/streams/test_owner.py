@@ -122,6 +122,29 @@ def test_one_turn_at_a_time_over_all_servers(servers: list[RemoteStore]) -> None
             server.get(stream.id)
 
 
+class _Lost:
+    """Gives its stream back when it is collected, as a turn does."""
+
+    def __init__(self, server: RemoteStore, stream: StoredStream) -> None:
+        self.release = lambda: server.release(stream)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def test_a_lost_turn_may_be_collected_anywhere(
+    servers: list[RemoteStore], store: StreamStore
+) -> None:
+    """In the thread that reads the answers, which must not wait for one."""
+    lost = [_Lost(servers[0], servers[0].acquire(_create(servers[0]).id))]
+    assert store.in_use == 1
+
+    servers[0].watch(lambda _numbers: lost.clear())
+
+    _eventually(lambda: store.in_use == 0)
+    assert servers[0].of_client("a", None, 9)[0]
+
+
 def test_limits_and_shares_are_of_all_servers(servers: list[RemoteStore]) -> None:
     one, other = servers
     streams = [_create(server) for server in (one, other, one)]
