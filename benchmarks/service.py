@@ -65,11 +65,20 @@ WORDS = [
 class Api:
     """One server."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, key: str | None = None) -> None:
         self.server = server
         self._http = httpx.Client(
-            base_url=server.url, timeout=3600, limits=httpx.Limits(max_connections=256)
+            base_url=server.url,
+            timeout=3600,
+            limits=httpx.Limits(max_connections=256),
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
         )
+
+    def get(self, path: str) -> dict[str, Any]:
+        answer = self._http.get(path)
+        answer.raise_for_status()
+        parsed: dict[str, Any] = answer.json()
+        return parsed
 
     def json(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._http.post(path, json=body)

@@ -12,9 +12,27 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import httpx
+
+
+class Stream(TypedDict):
+    """Some of what `/docs` of the server says of a stream."""
+
+    position: int
+    evicted: int
+
+
+class Usage(TypedDict):
+    computed_tokens: int
+    resumed_from: str | None
+
+
+class Appended(TypedDict):
+    text: str | None
+    usage: Usage
+    stream: Stream
 
 
 class StreamError(Exception):
@@ -30,12 +48,13 @@ class StreamsClient:
 
     def create(self, **options: Any) -> str:
         """A new stream; returns its id."""
-        created: str = self._json(self._http.post("/v1/streams", json=options))["id"]
-        return created
+        return str(self._json(self._http.post("/v1/streams", json=options))["id"])
 
-    def append(self, stream_id: str, **body: Any) -> dict[str, Any]:
-        """Append and wait for the whole answer."""
-        return self._json(self._http.post(f"/v1/streams/{stream_id}/append", json=body))
+    def append(self, stream_id: str, key: str | None = None, **body: Any) -> Appended:
+        """Append and wait for the whole answer; again with the same ``key`` if it was lost."""
+        headers = {} if key is None else {"Idempotency-Key": key}
+        path = f"/v1/streams/{stream_id}/append"
+        return cast(Appended, self._json(self._http.post(path, json=body, headers=headers)))
 
     def events(self, stream_id: str, **body: Any) -> Iterator[dict[str, Any]]:
         """Append and yield the answer's events; the last one is the account of the turn.
@@ -56,20 +75,19 @@ class StreamsClient:
                     raise StreamError(event["error"]["message"])
                 yield event
 
-    def get(self, stream_id: str) -> dict[str, Any]:
-        return self._json(self._http.get(f"/v1/streams/{stream_id}"))
+    def get(self, stream_id: str) -> Stream:
+        return cast(Stream, self._json(self._http.get(f"/v1/streams/{stream_id}")))
 
     def delete(self, stream_id: str) -> None:
         self._json(self._http.delete(f"/v1/streams/{stream_id}"))
 
     @staticmethod
-    def _json(answer: httpx.Response) -> dict[str, Any]:
+    def _json(answer: httpx.Response) -> Any:
         if answer.is_error:
             raise httpx.HTTPStatusError(
                 answer.json()["error"]["message"], request=answer.request, response=answer
             )
-        parsed: dict[str, Any] = answer.json()
-        return parsed
+        return answer.json()
 
 
 class Chat:

@@ -7,6 +7,7 @@ and worker become ours.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -21,6 +22,7 @@ from sink_vllm.policy.bound import Bound
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.options import SinkOptions
 from sink_vllm.server.block_size import named_block_size, settled_block_size
+from sink_vllm.server.streams.opening import prepare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,9 +48,22 @@ def _wrap_create_engine_config(
             with _engine_settings(self, config, model):
                 vllm_config = original(self, *args, **kwargs)
         _finish(vllm_config, config, model.longest)
+        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        if _is_of_api_server(self, call.get("usage_context")) and not call.get("headless"):
+            prepare(vllm_config)
         return vllm_config
 
     return create_engine_config
+
+
+def _is_of_api_server(engine_args: "EngineArgs", usage_context: Any) -> bool:
+    """Not of ``vllm preload``, say, which has the context but starts no engine to be asked."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    return (
+        isinstance(engine_args, AsyncEngineArgs) and usage_context is UsageContext.OPENAI_API_SERVER
+    )
 
 
 def _refuse_own_classes(engine_args: "EngineArgs") -> None:

@@ -142,6 +142,7 @@ OURS = {
         "raw_request.state",
         "service",
     },
+    "sink_vllm.server.streams.opening": {"os"},  # the environment of child processes
     "sink_vllm.server.response_state": {"self._shared"},
     "sink_vllm.worker": {"layer", "step", "finish"},  # the steps of the self-test, made by it
     "sink_vllm.worker.moves": {"of_kind[-1]"},

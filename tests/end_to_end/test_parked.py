@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from sink_vllm.policy.parked import CHAIN, KEY, Chain
 from sink_vllm.policy.schedule import Schedule
@@ -20,6 +21,7 @@ from tests.support.engine import (
     Engine,
     Generated,
     Policy,
+    asynchronous_scheduling,
     check_all_free,
     greedy_params,
     running_engine,
@@ -186,3 +188,32 @@ def test_what_is_sent_does_not_grow(setup: Setup) -> None:
         assert stream.held.tokens[: setup.policy.S] == array("i", stream.all[: setup.policy.S])
         assert stream.held.tokens[-50:] == array("i", stream.all[-50:])
         assert len(stream.held.chain.anchors) <= 8
+
+
+def test_with_asynchronous_scheduling(tiny_llama: ModelFactory) -> None:
+    """The front end is told what goes with the tokens it has: a step ahead changes nothing."""
+    folder, policy = tiny_llama(SHAPE), POLICIES[0]
+    with (
+        asynchronous_scheduling(),
+        running_engine(
+            folder,
+            policy,
+            enable_prefix_caching=True,
+            max_num_batched_tokens=200,
+            async_scheduling=True,
+        ) as engine,
+    ):
+        assert isinstance(engine.scheduler, AsyncScheduler)
+        setup = Setup(policy, engine, Oracle(folder))
+        streams = setup.streams(2)
+        for turn in range(6):
+            new = [random_tokens(30 + 20 * i, 900 + 10 * turn + i) for i in range(2)]
+            before, gaps = [list(one.all) for one in streams], [one.held.missing for one in streams]
+            answers, chains = setup.append(streams, new, 50)
+            prompts = [[*old, *more] for old, more in zip(before, new, strict=True)]
+            judge(setup.oracle, policy, prompts, answers)
+            for gap, chain in zip(gaps, chains, strict=True):
+                assert chain.base == 0
+                assert not gap or chain.resumed_from == "cache"
+        assert min(gaps) > 0
+        check_all_free(engine)

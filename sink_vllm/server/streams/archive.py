@@ -204,6 +204,7 @@ def _fields(stream: StoredStream) -> dict[str, Any]:
         "turns": stream.turns,
         "metadata": stream.metadata,
         "expires_after": stream.expires_after,
+        "priority": stream.priority,
         "answered": stream.answered,
     }
 
@@ -239,5 +240,6 @@ def _stream(stream_id: str, fields: dict[str, Any], tokens: bytes) -> StoredStre
         turns=fields["turns"],
         metadata=fields["metadata"],
         expires_after=fields["expires_after"],
+        priority=fields.get("priority", 0),  # not in those of earlier versions
         answered=Answered(*fields["answered"]) if fields["answered"] else None,
     )

@@ -84,6 +84,13 @@ class CreateStream(Content):
         le=_MOST,
         description="Seconds without use after which it is forgotten, at most the server's.",
     )
+    priority: int = Field(
+        default=0,
+        ge=-(2**63),
+        le=2**63 - 1,
+        description="Of its turns: lower comes earlier. Other than 0 needs a server with "
+        "--scheduling-policy priority.",
+    )
 
     @model_validator(mode="after")
     def _system_comes_first(self) -> "CreateStream":
@@ -135,6 +142,9 @@ class Append(Content):
     )
     stream: bool = Field(default=False, description="Server-sent events instead of one answer.")
     return_token_ids: bool = Field(default=False, description="Generated token ids as well.")
+    priority: int | None = Field(
+        default=None, ge=-(2**63), le=2**63 - 1, description="Of this turn. Default: the stream's."
+    )
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "Append":
@@ -164,6 +174,7 @@ class StreamInfo(BaseModel):
     capacity: int = Field(description="Most tokens it ever has cached.")
     pending_messages: int = Field(description="Messages that the first append will compute.")
     metadata: dict[str, str] = Field(description="As given when it was created.")
+    priority: int = Field(description="Of its turns; lower comes earlier.")
 
 
 class StreamList(BaseModel):

@@ -69,6 +69,20 @@ class Handler:
         """
         self._completions._preflight()
 
+    def check_priority(self, priority: int | None) -> None:
+        """What vLLM says of priorities and does not check: they need its priority scheduling.
+
+        Raises:
+            VLLMValidationError: it is not 0, and the server schedules first come, first served.
+        """
+        policy = self._completions.engine_client.vllm_config.scheduler_config.policy
+        if priority and policy != "priority":
+            raise VLLMValidationError(
+                f"priority={priority} needs a server with --scheduling-policy priority, and this "
+                f"one has {policy}; leave it out, or start the server like that.",
+                parameter="priority",
+            )
+
     def params(
         self, stream: StoredStream, generate: Generate | None, position: int, most_tokens: int
     ) -> SamplingParams:
@@ -120,10 +134,14 @@ class Handler:
         tokens: list[int],
         params: SamplingParams,
         raw_request: "Request | None",
+        priority: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs for a stream with ``tokens`` appended, as one request."""
+        """The engine's outputs for a stream with ``tokens`` appended, as one request.
+
+        ``priority`` is the stream's by default; a header of vLLM's goes before both.
+        """
         handler = self._completions
-        request = _asking_for(stream.model)
+        request = _asking_for(stream.model, stream.priority if priority is None else priority)
         request_id = f"append-{handler._base_request_id(raw_request, request.request_id)}"
         headers = None
         if raw_request is not None:
@@ -162,9 +180,9 @@ class Handler:
         self._completions._raise_if_error(finish_reason, request_id)
 
 
-def _asking_for(model: str) -> CompletionRequest:
+def _asking_for(model: str, priority: int = 0) -> CompletionRequest:
     """A request for ``model``, for what vLLM looks up in requests."""
-    return CompletionRequest.model_validate({"model": model, "prompt": "a"})
+    return CompletionRequest.model_validate({"model": model, "prompt": "a", "priority": priority})
 
 
 def engine_of(stream_id: str, engines: int) -> int:

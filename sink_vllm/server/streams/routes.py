@@ -4,16 +4,12 @@ vLLM loads it only when ``VLLM_PLUGINS`` names ``sink_vllm``: routes are opt-in 
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from vllm import envs
-from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
     validate_json_request,
@@ -22,6 +18,15 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.logger import init_logger
 
 from sink_vllm.server.lengths import policy_of
+from sink_vllm.server.streams.answers import (
+    EVENT,
+    answer_again,
+    available,
+    busy,
+    error_answer,
+    errors,
+    no_room,
+)
 from sink_vllm.server.streams.bodies import (
     Append,
     Appended,
@@ -31,11 +36,11 @@ from sink_vllm.server.streams.bodies import (
     StreamList,
 )
 from sink_vllm.server.streams.clients import KEY_CLIENT, client_name
+from sink_vllm.server.streams.errors import BusyStream, NoRoom
 from sink_vllm.server.streams.gauges import show
 from sink_vllm.server.streams.handler import Refused
-from sink_vllm.server.streams.response import TurnResponse, repeated
+from sink_vllm.server.streams.response import TurnResponse
 from sink_vllm.server.streams.service import StreamService
-from sink_vllm.server.streams.store import BusyStream, NoRoom, UnknownStream, UnusableStream
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -45,13 +50,6 @@ logger = init_logger(__name__)
 router = APIRouter(tags=["streams"])
 
 _STATE = "streaming_llm_streams"
-_RETRY_AFTER = 1  # second: turns end at any time
-_EVENT = {
-    "type": "object",
-    "description": "A server-sent event: `Delta`, the account, or the text `[DONE]`.",
-    "properties": {"data": {"type": "string"}},
-    "required": ["data"],
-}
 _Key = Annotated[
     str | None,
     Header(
@@ -62,21 +60,6 @@ _Key = Annotated[
     ),
 ]
 _StreamId = Annotated[str, Path(description="As answered when the stream was created.")]
-
-
-def _errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route, for the schema; what every route may answer is added."""
-    everywhere = (
-        HTTPStatus.BAD_REQUEST,
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        HTTPStatus.NOT_IMPLEMENTED,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-    )
-    return {
-        status.value: {"model": ErrorResponse, "description": status.phrase}
-        for status in (*everywhere, *statuses)
-    }
 
 
 def service_of(raw_request: Request) -> StreamService:
@@ -111,7 +94,7 @@ Client = Annotated[str, Depends(client_of)]
     summary="Create a stream",
     status_code=HTTPStatus.CREATED,
     response_model=StreamInfo,
-    responses=_errors(HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS),
+    responses=errors(HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS),
     dependencies=[Depends(validate_json_request)],
 )
 async def create_stream(
@@ -123,11 +106,12 @@ async def create_stream(
     cache still has of them is not computed again.
     """
     try:
-        return service.info(await service.create(client, request))
+        with available(""):
+            return service.info(await service.create(client, request))
     except Refused as refused:
-        return _answer(refused.answer)
+        return error_answer(refused.answer)
     except NoRoom as error:
-        return _no_room(error, service)
+        return no_room(error, service)
 
 
 @router.post(
@@ -139,9 +123,9 @@ async def create_stream(
             "model": Appended,
             "description": "The account of the turn; with `stream`, events of type Delta, then "
             "the account or an error, then `[DONE]`.",
-            "content": {"text/event-stream": {"schema": _EVENT}},
+            "content": {"text/event-stream": {"schema": EVENT}},
         },
-        **_errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS),
+        **errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS),
     },
     dependencies=[Depends(validate_json_request)],
 )
@@ -160,15 +144,17 @@ async def append(
     until then stays part of the stream, a single answer that nobody has read does not.
     """
     try:
-        with _available(stream_id):
+        with available(stream_id):
             again = service.answered(stream_id, request, idempotency_key)
             if again is not None:
-                return _again(again, request)
+                return answer_again(again, request)
             turn = await service.append(stream_id, request, raw_request, idempotency_key)
     except Refused as refused:
-        return _answer(refused.answer)
+        return error_answer(refused.answer)
     except NoRoom as error:
-        return _no_room(error, service)
+        return no_room(error, service)
+    except BusyStream:
+        return busy(stream_id)
     if request.stream:
         return TurnResponse(turn, request, raw_request.app.state.args.sse_keep_alive_interval)
     try:
@@ -183,7 +169,7 @@ async def append(
     "/v1/streams",
     summary="List the streams of an API key",
     response_model=StreamList,
-    responses=_errors(HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND),
+    responses=errors(HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND),
 )
 async def list_streams(
     service: Service,
@@ -200,7 +186,7 @@ async def list_streams(
             HTTPStatus.FORBIDDEN,
             "Streams are listed by API key, and this server checks none; start it with --api-key.",
         )
-    with _available(after or ""):
+    with available(after or ""):
         streams, more = service.store.of_client(client, after, limit)
     return StreamList(data=[service.info(stream) for stream in streams], has_more=more)
 
@@ -209,11 +195,11 @@ async def list_streams(
     "/v1/streams/{stream_id}",
     summary="Look at a stream",
     response_model=StreamInfo,
-    responses=_errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
+    responses=errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
 )
 async def get_stream(stream_id: _StreamId, service: Service) -> StreamInfo:
     """Looking is no use: the stream is forgotten as if nobody had."""
-    with _available(stream_id):
+    with available(stream_id):
         return service.info(service.store.get(stream_id))
 
 
@@ -221,65 +207,16 @@ async def get_stream(stream_id: _StreamId, service: Service) -> StreamInfo:
     "/v1/streams/{stream_id}",
     summary="Forget a stream",
     response_model=Deleted,
-    responses=_errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
+    responses=errors(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
 )
-async def delete_stream(stream_id: _StreamId, service: Service) -> Deleted:
+async def delete_stream(stream_id: _StreamId, service: Service) -> Deleted | JSONResponse:
     """A stream somebody appends to is not deleted; closing that connection ends its turn."""
-    with _available(stream_id):
-        service.store.remove(stream_id)
-    return Deleted(id=stream_id)
-
-
-def _again(answer: Appended, request: Append) -> JSONResponse | StreamingResponse:
-    if request.stream:
-        return StreamingResponse(repeated(answer, request), media_type="text/event-stream")
-    return JSONResponse(answer.model_dump())
-
-
-def _answer(error: ErrorResponse, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error.model_dump(), status_code=error.error.code, headers=headers)
-
-
-def _no_room(error: NoRoom, service: StreamService) -> JSONResponse:
-    store = service.store
-    option, most = {
-        "streams": ("--sink-streams", store.most_streams),
-        "tokens": ("--sink-streams-tokens", store.most_tokens),
-    }[error.resource]
-    message = (
-        f"This client has its share of the {most} {error.resource} that the server remembers "
-        f"({option}={most}), and nothing can be forgotten for it while others append; try again "
-        "when one of your turns has ended, or delete a stream."
-    )
-    status = HTTPStatus.TOO_MANY_REQUESTS
-    answer = create_error_response(message, status.phrase, status)
-    return _answer(answer, {"Retry-After": f"{_RETRY_AFTER}"})
-
-
-@contextmanager
-def _available(stream_id: str) -> Iterator[None]:
-    """Answer 404 and 409 where the store has no such stream, or it cannot be had now.
-
-    Raises:
-        HTTPException: see above.
-    """
     try:
-        yield
-    except UnknownStream as error:
-        raise HTTPException(
-            HTTPStatus.NOT_FOUND,
-            f"There is no stream {stream_id!r}, or no longer; create a stream and send its "
-            "messages or tokens again.",
-        ) from error
-    except UnusableStream as error:
-        raise HTTPException(HTTPStatus.CONFLICT, str(error)) from error
-    except BusyStream as error:
-        raise HTTPException(
-            HTTPStatus.CONFLICT,
-            f"Somebody is appending to stream {stream_id!r}; wait for the end of that turn, or "
-            "close its connection.",
-            headers={"Retry-After": f"{_RETRY_AFTER}"},
-        ) from error
+        with available(stream_id):
+            service.store.remove(stream_id)
+    except BusyStream:
+        return busy(stream_id)
+    return Deleted(id=stream_id)
 
 
 class StreamsPlugin:
@@ -297,11 +234,6 @@ class StreamsPlugin:
         service: StreamService | str
         if engine_client is None or policy_of(engine_client.vllm_config) is None:
             service = "/v1/streams needs a server that was started with --kv-policy sink."
-        elif (getattr(args, "api_server_count", None) or 1) > 1:
-            service = (
-                f"/v1/streams keeps its streams in one API server, and --api-server-count is "
-                f"{args.api_server_count}; start the server with --api-server-count 1."
-            )
         else:
             service = StreamService.of(state.openai_serving_completion)
             model_name = state.openai_serving_models.model_name()

@@ -1,4 +1,4 @@
-"""The stored streams of one API server: create, append, look at (``/v1/streams``).
+"""The stored streams of an API server: create, append, look at (``/v1/streams``).
 
 Each append is an ordinary request, with what is held of the stream (``streams.held``) as its
 prompt; the engine resumes it from its prefix cache and computes what is new (and the rest of the
@@ -10,28 +10,27 @@ one of the engine's request slots each, know no stop strings, and be lost with t
 
 import asyncio
 import time
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.exceptions import RetryableRequestError, VLLMValidationError
 
-from sink_vllm.policy.config import SinkConfig
-from sink_vllm.policy.options import SinkOptions
 from sink_vllm.policy.request_options import PIN_KEY
 from sink_vllm.server.lengths import policy_of
-from sink_vllm.server.streams.archive import Archive, ArchiveError
+from sink_vllm.server.streams.archive import ArchiveError
 from sink_vllm.server.streams.bodies import Answer, Append, Appended, CreateStream, StreamInfo
+from sink_vllm.server.streams.errors import BusyStream, TooLarge, UnknownStream
 from sink_vllm.server.streams.handler import Handler
+from sink_vllm.server.streams.interface import Streams
+from sink_vllm.server.streams.opening import store_of
 from sink_vllm.server.streams.rendering import Rendering
 from sink_vllm.server.streams.resumes import Resumes
-from sink_vllm.server.streams.store import StreamStore, TooLarge
 from sink_vllm.server.streams.stored import StoredStream, Waiting
 from sink_vllm.server.streams.turn import Turn, digest_of
 
 if TYPE_CHECKING:
     from fastapi import Request
-    from vllm.config import VllmConfig
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
 
@@ -46,7 +45,7 @@ class StreamService:
     """
 
     def __init__(
-        self, store: StreamStore, handler: Handler, rendering: Rendering, capacity: int
+        self, store: Streams, handler: Handler, rendering: Rendering, capacity: int
     ) -> None:
         self.store = store
         self._handler = handler
@@ -60,22 +59,18 @@ class StreamService:
 
     @classmethod
     def of(cls, completions: "OpenAIServingCompletion") -> "StreamService":
-        """The service of a server under the policy, by its handler of ``/v1/completions``."""
+        """The service of a server under the policy, by its handler of ``/v1/completions``.
+
+        Raises:
+            Refused: see ``opening.store_of``.
+        """
         config = completions.engine_client.vllm_config
-        policy, options = policy_of(config), SinkOptions.parse(config.additional_config)
+        policy = policy_of(config)
         assert policy is not None
-        assert options is not None
-        archive = None
-        if options.sink_streams_db is not None:
-            archive = Archive(options.sink_streams_db, _made_by(config, policy))
-        store = StreamStore(
-            most_streams=options.sink_streams,
-            most_tokens=options.sink_streams_tokens,
-            idle_seconds=options.sink_streams_idle,
-            archive=archive,
-        )
         rendering = Rendering(completions.online_renderer, policy, config)
-        return cls(store, Handler(completions, policy.capacity), rendering, policy.capacity)
+        return cls(
+            store_of(config), Handler(completions, policy.capacity), rendering, policy.capacity
+        )
 
     async def create(self, client: str, request: CreateStream) -> StoredStream:
         """A new stream of ``client``.
@@ -88,10 +83,12 @@ class StreamService:
         model = request.model or self._handler.default_model()
         await self._handler.check_model(model)
         validate_cache_salt(request.cache_salt)
-        if (expires := request.expires_after) and expires > self.store.idle_seconds:
+        self._handler.check_priority(request.priority)
+        most = self.store.limits.idle_seconds
+        if (expires := request.expires_after) and expires > most:
             raise VLLMValidationError(
-                f"expires_after={expires} is more than the {self.store.idle_seconds} seconds after "
-                "which this server forgets an unused stream (--sink-streams-idle); use fewer, or "
+                f"expires_after={expires} is more than the {most} seconds after which "
+                "this server forgets an unused stream (--sink-streams-idle); use fewer, or "
                 "leave it out.",
                 parameter="expires_after",
             )
@@ -116,18 +113,17 @@ class StreamService:
                 tokens=tokens,
                 metadata=request.metadata,
                 expires_after=request.expires_after,
+                priority=request.priority,
                 pending=[Waiting(each["role"], each["content"].encode()) for each in messages],
             )
         except TooLarge as error:
             raise VLLMValidationError(
                 f"A stream that begins with {error.tokens} tokens (messages count as one for each "
                 f"4 bytes, and 64 for each message) leaves no room to append to it: the server "
-                f"remembers --sink-streams-tokens={self.store.most_tokens} of all streams "
+                f"remembers --sink-streams-tokens={self.store.limits.most_tokens} of all streams "
                 "together; send less, or start the server with more."
             ) from error
-        if tokens:
-            stream.tail, stream.open = "assistant", True
-        if self.store.is_archived:
+        if self.store.limits.is_archived:
             await self._saved(stream)
         return stream
 
@@ -136,7 +132,7 @@ class StreamService:
         try:
             await asyncio.wrap_future(self.store.save(stream))
         except ArchiveError as error:
-            if not stream.busy:
+            with suppress(BusyStream, UnknownStream):
                 self.store.remove(stream.id)
             raise RetryableRequestError(str(error)) from error
 
@@ -148,9 +144,11 @@ class StreamService:
             UnusableStream: see there.
             VLLMValidationError: the last turn of this key was another one.
         """
+        if key is None:
+            return None
         stream = self.store.get(stream_id)
         last = stream.answered
-        if key is None or stream.busy or last is None or last.key != key:
+        if stream.busy or last is None or last.key != key:
             return None
         if last.asked != digest_of(request):
             raise VLLMValidationError(
@@ -179,6 +177,7 @@ class StreamService:
             Refused: the stream's model is no longer there; the stream is as it was.
             VLLMError: the content or the options are refused; the stream is as it was.
         """
+        self._handler.check_priority(request.priority)
         turn = Turn(
             self.store.acquire(stream_id),
             request,
@@ -191,6 +190,8 @@ class StreamService:
             resumes=self._resumes,
         )
         try:
+            if turn.is_done:  # by another API server, since somebody looked
+                raise BusyStream(stream_id)
             await turn.start()
         except BaseException:  # also when the client goes away
             await turn.close()
@@ -200,13 +201,14 @@ class StreamService:
     def info(self, stream: StoredStream) -> StreamInfo:
         """What ``GET`` says."""
         now, schedule = self.store.clock(), stream.schedule
+        expires = stream.expires(self.store.limits.idle_seconds)
         return StreamInfo(
             id=stream.id,
             model=stream.model,
             created=int(stream.created),
             age_seconds=round(time.time() - stream.created, 3),
             idle_seconds=0.0 if stream.busy else round(now - stream.used, 3),
-            expires_in_seconds=round(max(self.store.expires_in(stream), 0.0), 3),
+            expires_in_seconds=round(max(expires - now, 0.0), 3),
             busy=stream.busy,
             turns=stream.turns,
             position=stream.position,
@@ -218,17 +220,5 @@ class StreamService:
             capacity=self._capacity if schedule is None else schedule.capacity,
             pending_messages=len(stream.pending),
             metadata=stream.metadata,
+            priority=stream.priority,
         )
-
-
-def _made_by(config: "VllmConfig", policy: SinkConfig) -> dict[str, Any]:
-    """What the tokens of a stored stream, and its chain, mean something to."""
-    schedule = policy.schedule
-    return {
-        "model": config.model_config.model,
-        "dtype": str(config.model_config.dtype).removeprefix("torch."),
-        "sink_tokens": schedule.sink_tokens,
-        "sink_window": schedule.window,
-        "sink_stride": schedule.stride,
-        "sink_vllm": version("sink_vllm"),
-    }

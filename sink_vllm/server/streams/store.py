@@ -20,42 +20,22 @@ from typing import Any
 
 from sink_vllm.policy.schedule import Schedule
 from sink_vllm.server.streams.archive import Archive
+from sink_vllm.server.streams.errors import (
+    BusyStream,
+    NoRoom,
+    TooLarge,
+    UnknownStream,
+    UnusableStream,
+)
 from sink_vllm.server.streams.held import Held
-from sink_vllm.server.streams.shares import Resource, Shares
+from sink_vllm.server.streams.interface import Limits, Numbers
+from sink_vllm.server.streams.shares import Shares
 from sink_vllm.server.streams.stored import ID_PREFIX, StoredStream, Waiting
 
 # Below vLLM's own logger, whose handlers print it.
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _MORE_EXPIRING = 1000  # times of expiry that are known and no longer go
-
-
-class UnknownStream(LookupError):
-    """There is no such stream, or no longer."""
-
-
-class BusyStream(RuntimeError):
-    """Somebody is appending to the stream."""
-
-
-class UnusableStream(RuntimeError):
-    """The stream is in the archive, and cannot be gone on with here; one sentence."""
-
-
-class NoRoom(RuntimeError):
-    """The client has more than its share, and nothing of what is too much can be forgotten."""
-
-    def __init__(self, resource: Resource) -> None:
-        super().__init__(resource)
-        self.resource: Resource = resource
-
-
-class TooLarge(ValueError):
-    """The stream alone takes more tokens than are remembered of all."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__(tokens)
-        self.tokens = tokens
 
 
 class StreamStore:
@@ -75,9 +55,7 @@ class StreamStore:
         archive: Archive | None = None,
     ) -> None:
         """``archive`` has the streams of an earlier server, and gets those of this one."""
-        self.most_streams = most_streams
-        self.most_tokens = most_tokens
-        self.idle_seconds = idle_seconds
+        self.limits = Limits(most_streams, most_tokens, idle_seconds, archive is not None)
         self.clock = clock
         self._streams: dict[str, StoredStream] = {}
         self._idle: dict[str, StoredStream] = {}
@@ -103,11 +81,6 @@ class StreamStore:
             len(self._refused),
         )
 
-    @property
-    def is_archived(self) -> bool:
-        """Whether streams outlive this server."""
-        return self._archive is not None
-
     def save(self, stream: StoredStream) -> Future[None]:
         """Write ``stream``, as it is now, into the archive; see there."""
         assert self._archive is not None
@@ -116,7 +89,7 @@ class StreamStore:
     def save_later(self, stream: StoredStream) -> None:
         """The same, for nobody who waits."""
         if self._archive is not None:
-            self.save(stream).add_done_callback(_log_failure)
+            self.save(stream).add_done_callback(log_failure)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -131,6 +104,11 @@ class StreamStore:
         """Streams somebody is appending to."""
         return len(self._streams) - len(self._idle)
 
+    @property
+    def numbers(self) -> Numbers:
+        """All three."""
+        return Numbers(len(self), self.in_use, self.tokens)
+
     def create(
         self,
         client: str,
@@ -143,6 +121,7 @@ class StreamStore:
         pending: Iterable[Waiting] = (),
         metadata: dict[str, str] | None = None,
         expires_after: float | None = None,
+        priority: int = 0,
     ) -> StoredStream:
         """A new stream, at the cost of others when there is no room.
 
@@ -160,11 +139,14 @@ class StreamStore:
             used=self.clock(),
             cache_salt=cache_salt,
             held=Held(array("i", tokens)),
+            tail="assistant" if tokens else None,
+            open=bool(tokens),
             pending=tuple(pending),
             metadata=metadata or {},
             expires_after=expires_after,
+            priority=priority,
         )
-        if stream.size >= self.most_tokens:
+        if stream.size >= self.limits.most_tokens:
             raise TooLarge(stream.size)
         self.forget_idle()
         self._streams[stream.id] = stream
@@ -210,10 +192,19 @@ class StreamStore:
         return stream
 
     def release(self, stream: StoredStream) -> None:
-        """The most recently used stream from now on; others go if there are too many tokens."""
+        """The most recently used stream from now on; others go if there are too many tokens.
+
+        Args:
+            stream: that has been taken, or what has become of a copy of it.
+        """
+        self._streams[stream.id] = stream
         stream.busy = False
         stream.used = self.clock()
         self._settle(stream, asks=False)
+
+    def give_back(self, stream_id: str) -> None:
+        """Release a stream as it was: a copy of it has been taken, and is lost."""
+        self.release(self._streams[stream_id])
 
     def remove(self, stream_id: str) -> None:
         """Forget a stream, also one that cannot be gone on with.
@@ -223,20 +214,15 @@ class StreamStore:
             BusyStream: see there.
         """
         if self._archive is not None and self._refused.pop(stream_id, None) is not None:
-            self._archive.remove(stream_id).add_done_callback(_log_failure)
+            self._archive.remove(stream_id).add_done_callback(log_failure)
             return
         stream = self.get(stream_id)
         if stream.busy:
             raise BusyStream(stream_id)
         self._drop(stream)
 
-    def expires_in(self, stream: StoredStream) -> float:
-        """Seconds until an unused stream is forgotten."""
-        return self._expires(stream) - self.clock()
-
     def _expires(self, stream: StoredStream) -> float:
-        own = stream.expires_after
-        return stream.used + (self.idle_seconds if own is None else min(own, self.idle_seconds))
+        return stream.expires(self.limits.idle_seconds)
 
     def forget_idle(self) -> None:
         """Forget what nobody has used for too long; every method does that first."""
@@ -297,9 +283,10 @@ class StreamStore:
         self._shares.in_use(stream.client, stream.id)
         self._shares.add(stream.client, streams=-1, tokens=-stream.counted)
         if self._archive is not None:
-            self._archive.remove(stream.id).add_done_callback(_log_failure)
+            self._archive.remove(stream.id).add_done_callback(log_failure)
 
 
-def _log_failure(written: Future[None]) -> None:
+def log_failure(written: Future[Any]) -> None:
+    """Say why something could not be done that nobody waits for."""
     if (error := written.exception()) is not None:
         logger.warning("%s", error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from sink_vllm.policy.schedule import Schedule, cdiv
@@ -71,11 +71,24 @@ class StoredStream:
     metadata: dict[str, str] = field(default_factory=dict)
     expires_after: float | None = None
     """Seconds without use; ``None`` for those of the store."""
+    priority: int = 0
+    """Of its turns, as vLLM's scheduler takes it."""
     answered: Answered | None = None
     """The last turn whose client may ask for its answer again."""
     busy: bool = False
     counted: int = 0
     """What the store has counted it as."""
+
+    def expires(self, most: float) -> float:
+        """When it is forgotten if nobody uses it, after ``most`` seconds at the latest."""
+        own = self.expires_after
+        return self.used + (most if own is None else min(own, most))
+
+    def without_tokens(self) -> StoredStream:
+        """All that can be said of it, without what makes it large."""
+        held = Held(array("i"), self.position)
+        pending = tuple(waiting._replace(content=b"") for waiting in self.pending)
+        return replace(self, held=held, pending=pending)
 
     @property
     def tokens(self) -> array[int]:

@@ -15,9 +15,9 @@ from sink_vllm.policy.report import KEY as ACCOUNT_KEY
 from sink_vllm.server.streams.archive import ArchiveError
 from sink_vllm.server.streams.bodies import Answer, Append, Appended, AppendUsage, StreamInfo
 from sink_vllm.server.streams.handler import Handler
+from sink_vllm.server.streams.interface import Streams
 from sink_vllm.server.streams.rendering import Rendering
 from sink_vllm.server.streams.resumes import Resumes
-from sink_vllm.server.streams.store import StreamStore
 from sink_vllm.server.streams.stored import Answered, StoredStream
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Turn:
         request: Append,
         raw_request: "Request | None",
         *,
-        store: StreamStore,
+        store: Streams,
         handler: Handler,
         rendering: Rendering,
         info: Callable[[StoredStream], StreamInfo],
@@ -84,6 +84,12 @@ class Turn:
         self._is_saved = False
         self._ended = False
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the stream's last turn was this one already: ask for its answer again."""
+        last = self._stream.answered
+        return self._key is not None and last is not None and last.key == self._key
+
     async def start(self) -> None:
         """Render, and wait for the engine's first output: errors come before any answer."""
         handler, stream, request = self._handler, self._stream, self._request
@@ -92,9 +98,11 @@ class Turn:
         tokens = await self._rendering.new_tokens(stream, request)
         self._held.extend(tokens)
         self._appended = len(tokens)
-        most = self._store.most_tokens
+        most = self._store.limits.most_tokens
         params = handler.params(stream, request.generate, len(self._held.tokens), most)
-        self._outputs = await handler.outputs(stream, tokens, params, self._raw_request)
+        self._outputs = await handler.outputs(
+            stream, tokens, params, self._raw_request, request.priority
+        )
         self._first = await anext(self._outputs)
         self._cached = self._first.num_cached_tokens or 0
         self._check(self._first)
@@ -196,7 +204,7 @@ class Turn:
         Raises:
             RetryableRequestError: it cannot be written; the stream is as it was.
         """
-        if not self._store.is_archived or self._is_saved:
+        if not self._store.limits.is_archived or self._is_saved:
             return
         after = copy(self._stream)
         self._commit(after)

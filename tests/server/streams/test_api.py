@@ -266,6 +266,9 @@ def test_leaving_an_event_stream_keeps_what_was_read(api: _Api) -> None:
         "POST", f"/v1/streams/{stream_id}/append", 409, {"generate": {}}
     )
     assert "appending" in api.error("DELETE", f"/v1/streams/{stream_id}", 409)
+    for method, path in (("POST", f"{stream_id}/append"), ("DELETE", stream_id)):
+        answer = api.http.request(method, f"/v1/streams/{path}", json={"generate": {}})
+        assert answer.headers["Retry-After"] == "1"
     assert api.get(stream_id)["busy"]
     events.close()  # type: ignore[attr-defined]
 
@@ -599,6 +602,7 @@ def test_streams_that_are_refused(api: _Api, body: dict[str, Any], says: str) ->
         ({"text": "a", "generate": {"temperature": "hot"}}, "temperature"),
         ({"text": "a", "generate": {"beams": 2}}, "beams"),
         ({"text": "a", "generate": {"stop": [""]}}, "stop"),
+        ({"text": "a", "priority": 1}, "--scheduling-policy priority"),
     ],
 )
 def test_appends_that_are_refused(api: _Api, body: dict[str, Any], says: str) -> None:

@@ -33,7 +33,7 @@ def _params(
     )
     stream = store.create("a", "m", None if full else SCHEDULE, {})
     handler = Handler(cast(Any, completions), SCHEDULE.capacity)
-    return handler.params(stream, generate, position, store.most_tokens)
+    return handler.params(stream, generate, position, store.limits.most_tokens)
 
 
 @pytest.mark.parametrize(

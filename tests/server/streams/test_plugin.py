@@ -47,14 +47,6 @@ def test_without_the_policy(engine: Any) -> None:
     assert "--kv-policy sink" in answer.json()["error"]["message"]
 
 
-def test_with_several_api_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "policy_of", lambda _config: object())
-    answer = _answer(SimpleNamespace(vllm_config=None), Namespace(api_server_count=4))
-
-    assert answer.status_code == 501
-    assert "--api-server-count is 4" in answer.json()["error"]["message"]
-
-
 def test_guard_what_stored_streams_use_of_vllm() -> None:
     for name in ("preprocess_chat", "preprocess_completion"):
         assert hasattr(OnlineRenderer, name)

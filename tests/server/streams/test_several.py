@@ -1,0 +1,255 @@
+"""``--api-server-count``: any API server serves any stream, by the rules of one server."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from examples.serving import Metrics, Server, ServerError
+from examples.streams_client import StreamsClient
+from examples.streams_feed import Feed, batches
+from tests.conftest import ModelFactory
+from tests.support.serving import CAPACITY, SCHEDULE, Client, prompt_of, tiny_server
+from tests.support.tiny_models import TinyLlama
+
+pytestmark = pytest.mark.server
+
+PLUGINS = {"VLLM_PLUGINS": "sink_vllm"}
+GENERATE = {"temperature": 0, "ignore_eos": True}
+KEY = "a-key"
+SERVERS = 2
+PLACES = 8
+"""Requests at once, of ``tiny_server``."""
+
+
+class _ApiServer:
+    """One connection, which the kernel has given to one of the API servers."""
+
+    def __init__(self, server: Server) -> None:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        self.http = httpx.Client(base_url=server.url, timeout=300, headers=headers)
+        with self.http.stream("GET", "/health") as answer:
+            answer.read()
+            stream = answer.extensions["network_stream"]
+            own = stream.get_extra_info("client_addr")[1]
+        (self.pid,) = {
+            process.pid
+            for process in server.processes()
+            for connection in process.net_connections("tcp")
+            if connection.raddr[1:] == (own,)
+        }
+
+    def call(self, method: str, path: str, status: int, **body: Any) -> dict[str, Any]:
+        answer = self.http.request(method, path, **body)
+        assert answer.status_code == status, answer.text
+        parsed: dict[str, Any] = answer.json()
+        return parsed
+
+    def create(self, **body: Any) -> str:
+        stream_id: str = self.call("POST", "/v1/streams", 201, json=body)["id"]
+        return stream_id
+
+    def append(self, stream_id: str, status: int = 200, key: str | None = None, **body: Any) -> Any:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        path = f"/v1/streams/{stream_id}/append"
+        return self.call("POST", path, status, json=body, headers=headers)
+
+    def gauges(self) -> tuple[float, float]:
+        metrics = Metrics.parse(self.http.get("/metrics").text)
+        names = ("stored_streams", "stored_streams_in_use")
+        one, two = (metrics.total(f"sink_vllm:{name}") for name in names)
+        return one, two
+
+    def resumes(self) -> float:
+        metrics = Metrics.parse(self.http.get("/metrics").text)
+        return metrics.total("sink_vllm:stored_stream_resumes_total")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("several") / "streams.db"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: ModelFactory, database: Path) -> Iterator[Server]:
+    flags = ["--api-server-count", f"{SERVERS}", "--api-key", KEY]
+    flags += ["--scheduling-policy", "priority"]
+    flags += ["--sink-streams-db", str(database), "--enable-prompt-tokens-details"]
+    with tiny_server(tiny_llama(TinyLlama()), *flags, environment=PLUGINS) as server:
+        server.wait(lambda _waited: None)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def servers(server: Server) -> list[_ApiServer]:
+    """A connection to each API server: new ones go to the one that has the fewest."""
+    found: dict[int, _ApiServer] = {}
+    deadline = time.monotonic() + 60
+    while len(found) < SERVERS:
+        one = _ApiServer(server)
+        found.setdefault(one.pid, one)
+        assert time.monotonic() < deadline
+    return list(found.values())
+
+
+def test_any_of_them_serves_any_stream(server: Server, servers: list[_ApiServer]) -> None:
+    """Turns that alternate between two give what one prompt gives; both went through evictions."""
+    stream_id, text = servers[0].create(metadata={"a": "b"}), list[int]()
+    before = servers[0].resumes()
+    for turn in range(8):
+        new = prompt_of(40, salt=3 + 2 * turn)
+        generate = {**GENERATE, "max_tokens": 10}
+        answer = servers[turn % 2].append(
+            stream_id, tokens=new, generate=generate, return_token_ids=True
+        )
+        assert answer["usage"]["resumed_from"] == ("cache" if turn else None)
+        text += [*new, *answer["token_ids"]]
+        last = answer["token_ids"]
+
+    assert len(text) > CAPACITY + 3 * SCHEDULE.stride
+    client = Client(server)
+    client.http.headers["Authorization"] = f"Bearer {KEY}"
+    (choice,) = client.complete(
+        prompt=text[:-10], max_tokens=10, return_token_ids=True, cache_salt="none"
+    )["choices"]
+    assert choice["token_ids"] == last
+    for one in servers:
+        info = one.call("GET", f"/v1/streams/{stream_id}", 200)
+        assert (info["position"], info["turns"], info["metadata"]) == (len(text), 8, {"a": "b"})
+        assert one.call("GET", "/v1/streams", 200)["data"][0]["id"] == stream_id
+        assert one.resumes() == before + 7
+    servers[1].call("DELETE", f"/v1/streams/{stream_id}", 200)
+    servers[0].call("GET", f"/v1/streams/{stream_id}", 404)
+
+
+def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(servers: list[_ApiServer]) -> None:
+    one, other = servers
+    stream_id = one.create(tokens=prompt_of(40))
+    streams, in_use = one.gauges()
+    generate = {**GENERATE, "max_tokens": 100_000}
+    body = {"stream": True, "generate": generate}
+    with one.http.stream("POST", f"/v1/streams/{stream_id}/append", json=body) as events:
+        lines = events.iter_lines()  # kept: without it the connection is closed
+        assert next(lines).startswith("data: ")
+        answer = other.http.post(f"/v1/streams/{stream_id}/append", json={"tokens": [65]})
+        assert (answer.status_code, answer.headers["Retry-After"]) == (409, "1")
+        assert other.gauges() == one.gauges() == (streams, in_use + 1)
+    deadline = time.monotonic() + 60
+    while other.call("GET", f"/v1/streams/{stream_id}", 200)["busy"]:
+        assert time.monotonic() < deadline
+    assert one.gauges() == (streams, in_use)
+
+    again_body: dict[str, Any] = {"tokens": [66, 67], "generate": GENERATE | {"max_tokens": 5}}
+    first = one.append(stream_id, key="k", **again_body)
+    again = other.append(stream_id, key="k", **again_body)
+    for answer in (first, again):  # seconds go on
+        for name in ("age_seconds", "idle_seconds", "expires_in_seconds"):
+            del answer["stream"][name]
+    assert again == first
+
+
+def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_ApiServer]) -> None:
+    """Of two that wait for a place, the one that came last and is more urgent answers first."""
+    ids = [servers[0].create(tokens=prompt_of(40), priority=5) for _ in range(PLACES)]
+    late, urgent = (servers[0].create(tokens=prompt_of(40), priority=p) for p in (9, 0))
+    assert servers[1].call("GET", f"/v1/streams/{late}", 200)["priority"] == 9
+    order: list[str] = []
+
+    def ask(stream_id: str, **body: Any) -> None:
+        one = _ApiServer(server)
+        one.append(stream_id, generate={**GENERATE, "max_tokens": 3}, **body)
+        order.append(stream_id)
+
+    with ExitStack() as stack:
+        turns = []
+        for number, stream_id in enumerate(ids):
+            body = {"stream": True, "generate": {**GENERATE, "max_tokens": 100_000}}
+            path, one = f"/v1/streams/{stream_id}/append", servers[number % SERVERS]
+            answer = stack.enter_context(one.http.stream("POST", path, json=body))
+            turns.append((answer, answer.iter_lines()))
+            assert next(turns[-1][1]).startswith("data: ")
+        threads = [Thread(target=ask, args=(late,))]
+        threads += [Thread(target=ask, args=(urgent,), kwargs={"priority": -1})]
+        client = Client(server)
+        for waiting, thread in enumerate(threads, start=1):
+            thread.start()
+            _eventually(lambda n=waiting: client.counter("vllm:num_requests_waiting") == n)  # type: ignore[misc]
+        turns[0][0].close()
+        for thread in threads:
+            thread.join(120)
+    assert order == [urgent, late]
+    _eventually(lambda: servers[0].gauges()[1] == 0)
+
+
+def _eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_examples(server: Server, servers: list[_ApiServer]) -> None:
+    """Lines in, alerts out, past the capacity; a stream that is gone is made again."""
+    client = StreamsClient(server.url, KEY)
+    stream_id = client.create(tokens=prompt_of(40))
+    answers = [client.append(stream_id, "k", text="abc", generate=GENERATE | {"max_tokens": 4})]
+    answers += [client.append(stream_id, "k", text="abc", generate=GENERATE | {"max_tokens": 4})]
+    assert answers[0]["text"] == answers[1]["text"]
+    assert client.get(stream_id)["position"] == 40 + 3 + 4
+    *deltas, last = client.events(stream_id, generate=GENERATE | {"max_tokens": 5})
+    assert deltas
+    assert last["stream"]["position"] == 40 + 3 + 4 + 5
+    client.delete(stream_id)
+
+    lines = iter([f"line {number}\n" for number in range(400)] + ["\n", "the last one\n", ""])
+    feed, alerts = Feed(server.url, KEY, "Watch a log.", max_tokens=6), list[str]()
+
+    async def read() -> str:
+        await asyncio.sleep(0)
+        return next(lines)
+
+    async def watch() -> None:
+        async for alert in feed.alerts(batches(read)):
+            alerts.append(alert)
+            if len(alerts) == 1:
+                servers[0].call("DELETE", f"/v1/streams/{feed.stream_id}", 200)
+
+    asyncio.run(watch())
+    assert len(alerts) >= 2
+    info = servers[1].call("GET", f"/v1/streams/{feed.stream_id}", 200)
+    assert info["evictions"] > 3
+    assert info["sink_tokens"] > SCHEDULE.sink_tokens  # pinned
+
+
+def test_a_second_server_on_the_database_ends_before_it_loads(
+    server: Server, tiny_llama: ModelFactory, database: Path
+) -> None:
+    """One that would be alone, with a sentence; the first one goes on."""
+    assert server.healthy()
+    flags = ("--sink-streams-db", str(database))
+    second = tiny_server(tiny_llama(TinyLlama()), *flags, environment=PLUGINS)
+    with pytest.raises(ServerError, match="exit code 1"), second:
+        second.wait(lambda _waited: None)
+    log = second.log.read_text()
+    second.log.unlink()
+
+    last = log.rstrip().splitlines()[-1]
+    assert last.startswith(f"vllm serve: error: --sink-streams-db='{database}' cannot be used:")
+    assert "another server has it open" in last
+    assert "Traceback" not in log
+    assert "EngineCore" not in log
+
+
+def test_the_processes_are_the_ones_meant(server: Server, servers: list[_ApiServer]) -> None:
+    assert len({one.pid for one in servers}) == SERVERS
+    assert all(psutil.Process(one.pid).ppid() == server.processes()[0].pid for one in servers)
+    schema = json.dumps(servers[0].call("GET", "/openapi.json", 200))
+    assert "/v1/streams/{stream_id}/append" in schema
