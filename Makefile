@@ -29,7 +29,7 @@ install: $(STAMP) ## prepare .venv (does nothing when it is up to date); VLLM=0.
 $(STAMP): pyproject.toml .ci/install.py $(wildcard .ci/environments/*.py)
 	@$(PYTHON) .ci/install.py --vllm $(VLLM) --device $(DEVICE) $(if $(BASE),--base $(BASE))
 
-demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream from it (ARGS="--help")
+demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream from it (ARGS="--open": a page)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMP) ## run the tests, in JOBS=2 processes (ARGS="-k eviction")
