@@ -314,3 +314,30 @@ def test_it_is_readable_in_both_schemes_and_on_a_phone(
     page.resize(360, 700)
     assert page.run("document.documentElement.scrollWidth") <= 360
     api.delete(f"/v1/streams/{stream_id}")
+
+
+@pytest.mark.slow
+def test_a_server_without_keys_lists_what_was_opened_here(
+    tiny_llama: Callable[[TinyLlama], Path], browser: Browser
+) -> None:
+    """It lists no streams, and the page says so; a stream is opened by its id."""
+    model = tiny_llama(TinyLlama())
+    with tiny_server(model, environment={"VLLM_PLUGINS": "sink_vllm"}) as server:
+        server.wait(lambda _seconds: None)
+        with httpx.Client(base_url=server.url, timeout=300) as api:
+            ids = [create(api), create(api)]
+            append(api, ids[1], 5, tokens=prompt_of(300))
+        browser.open(f"{server.url}/streams")
+        browser.wait("document.querySelector('#list-note').innerText.includes('lists no streams')")
+        assert browser.text("#keys") == ""
+        browser.run("document.querySelector('#making').open = true")
+        browser.run("document.querySelector('#open-id').focus()")
+        browser.type(ids[1])
+        browser.key("Enter", "\r")
+        browser.wait("!document.querySelector('#stream').hidden")
+        browser.wait(f"document.querySelector('tr[data-id=\"{ids[1]}\"]') !== null")
+        assert row(browser, ids[1])[1] == "305"
+        assert row(browser, ids[0]) == []
+    # The refusal to list is an answer that a browser logs, and so is a server that has ended.
+    assert all("403" in error or "REFUSED" in error for error in browser.errors), browser.errors
+    browser.errors.clear()
