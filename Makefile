@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first, and with VLLM=0.33
 # (a line of pyproject.toml) an environment of that line, `.venv-0.33`, and use that.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-seams test-ray fuzz drift quality quality-full bench bench-full bench-gpu lint format clean
+.PHONY: help install demo test test-all test-fast test-seams test-ray fuzz drift quality quality-full bench bench-full bench-gpu docs lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -29,7 +29,7 @@ install: $(STAMP) ## prepare .venv (does nothing when it is up to date); VLLM=0.
 $(STAMP): pyproject.toml .ci/install.py $(wildcard .ci/environments/*.py)
 	@$(PYTHON) .ci/install.py --vllm $(VLLM) --device $(DEVICE) $(if $(BASE),--base $(BASE))
 
-demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream from it (ARGS="--help")
+demo: $(STAMP) ## serve the repository's model with --kv-policy sink and stream from it (ARGS="--open": a page)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMP) ## run the tests, in JOBS=2 processes (ARGS="-k eviction")
@@ -75,6 +75,12 @@ bench-gpu: $(STAMP) ## what only a GPU shows: its tests, evictions, attention (n
 drift: ## what another vLLM changes of all we stand on (VLLM=0.33.0, or a wheel; ARGS="--summary")
 	@$(MAKE) --no-print-directory install VLLM=$(firstword $(LINES))
 	@.venv/bin/python -m patches.drift $(VLLM) $(ARGS)
+
+docs: $(STAMP) ## the documentation as a site, in out/site; every link is checked
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@$(BIN)/python .ci/site.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo "out/site/index.html"
 
 lint: $(STAMP) ## ruff (rules and format), mypy, and that imports go one way
 	@$(BIN)/ruff check

@@ -6,6 +6,8 @@ that context through the OpenAI API, and shows what it costs while it runs. The 
 end: the client stops listening.
 
     python -m examples.demo [--model DIR] [--times 20] [-- any further vllm serve options]
+
+With `--open` it serves the page at `/streams` instead, with such a stream on it, until Ctrl-C.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import openai
 
+from examples.demo_page import page
 from examples.serving import Server, ServerError, stop_on_terminate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +189,9 @@ def run(options: argparse.Namespace) -> None:
     # Eager, because compiling would take longer than the demo.
     arguments = [str(options.model), "--served-model-name", "demo", "--enforce-eager"]
     arguments += ["--kv-policy", "sink", *options.serve]
+    if options.open:
+        page(arguments, long_prompt(context), options.times * context)
+        return
     with Server(arguments) as server:
         print("$", " ".join(["vllm serve", *arguments]).replace(f"{ROOT}/", ""), flush=True)
         status = Status()
@@ -203,6 +209,9 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model to serve")
     parser.add_argument(
         "--times", type=int, default=20, help="tokens to stream, in trained contexts (default 20)"
+    )
+    parser.add_argument(
+        "--open", action="store_true", help="serve the page at /streams, until Ctrl-C"
     )
     parser.add_argument("serve", nargs="*", help="further options of `vllm serve`, after --")
     options = parser.parse_args()

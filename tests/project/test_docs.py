@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from sink_vllm.policy.options import OPTION_KEYS, flag
 from tests.support import claims
@@ -39,6 +41,24 @@ def test_files_named_in_a_page_exist(page: Path) -> None:
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def _pages(nav: list[dict[str, Any]]) -> list[str]:
+    """Of a navigation of MkDocs, in its order."""
+    found: list[str] = []
+    for entry in nav:
+        for value in entry.values():
+            found += [value] if isinstance(value, str) else _pages(value)
+    return found
+
+
+def test_the_site_has_every_page() -> None:
+    """`make docs` checks links; a page that the navigation forgets would have none to it."""
+    pages = _pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+
+    assert len(set(pages)) == len(pages)
+    assert [page for page in pages if not (ROOT / page).is_file()] == []
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(pages)
 
 
 def test_design_names_a_test_for_every_invariant() -> None:

@@ -65,6 +65,8 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name for name in packages if not name.endswith(".dist-info")} == {"sink_vllm"}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "sink_vllm/py.typed" in names
+    page = {path.name for path in (ROOT / "sink_vllm/server/page").iterdir() if path.is_file()}
+    assert {f"sink_vllm/server/page/{name}" for name in page} <= set(names)
 
 
 @pytest.mark.server

@@ -153,6 +153,16 @@ class Append(Content):
         return self
 
 
+class TurnInfo(BaseModel):
+    """How far a turn in progress has come; all counts in tokens."""
+
+    position: int = Field(description="Length of the stream with what it has brought up to now.")
+    evicted: int = Field(description="Tokens the model no longer sees.")
+    cached: int = Field(description="Tokens it sees: sink tokens and window.")
+    generated_tokens: int = Field(description="Up to now.")
+    seconds: float = Field(description="In which they came, from the first output on.")
+
+
 class StreamInfo(BaseModel):
     """A stream as the server knows it; all counts in tokens."""
 
@@ -164,6 +174,10 @@ class StreamInfo(BaseModel):
     idle_seconds: float = Field(description="Since it was last appended to.")
     expires_in_seconds: float = Field(description="Until it is forgotten if nobody appends.")
     busy: bool = Field(description="Somebody is appending.")
+    turn: TurnInfo | None = Field(
+        description="The turn in progress, no part of the stream until it ends; null without one, "
+        "and until it has computed what was appended."
+    )
     turns: int = Field(description="Appends so far.")
     position: int = Field(description="Length of the stream.")
     evicted: int = Field(description="Tokens the model no longer sees.")

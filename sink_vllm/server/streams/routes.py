@@ -1,4 +1,4 @@
-"""The endpoint plugin ``sink_vllm``: routes of ``/v1/streams`` (API server).
+"""The endpoint plugin ``sink_vllm``: routes of ``/v1/streams``, and their page (API server).
 
 vLLM loads it only when ``VLLM_PLUGINS`` names ``sink_vllm``: routes are opt-in there, and stay so.
 """
@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.logger import init_logger
 
 from sink_vllm.server.lengths import policy_of
+from sink_vllm.server.page import routes as page
 from sink_vllm.server.streams.answers import (
     EVENT,
     answer_again,
@@ -227,6 +228,7 @@ class StreamsPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        app.include_router(page.router)
 
     async def init_state(
         self, engine_client: "EngineClient | None", state: "State", args: Namespace

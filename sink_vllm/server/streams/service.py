@@ -19,7 +19,14 @@ from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from sink_vllm.policy.request_options import PIN_KEY
 from sink_vllm.server.lengths import policy_of
 from sink_vllm.server.streams.archive import ArchiveError
-from sink_vllm.server.streams.bodies import Answer, Append, Appended, CreateStream, StreamInfo
+from sink_vllm.server.streams.bodies import (
+    Answer,
+    Append,
+    Appended,
+    CreateStream,
+    StreamInfo,
+    TurnInfo,
+)
 from sink_vllm.server.streams.errors import BusyStream, TooLarge, UnknownStream
 from sink_vllm.server.streams.handler import Handler
 from sink_vllm.server.streams.interface import Streams
@@ -210,6 +217,7 @@ class StreamService:
             idle_seconds=0.0 if stream.busy else round(now - stream.used, 3),
             expires_in_seconds=round(max(expires - now, 0.0), 3),
             busy=stream.busy,
+            turn=_turn_of(stream),
             turns=stream.turns,
             position=stream.position,
             evicted=stream.evicted,
@@ -222,3 +230,18 @@ class StreamService:
             metadata=stream.metadata,
             priority=stream.priority,
         )
+
+
+def _turn_of(stream: StoredStream) -> TurnInfo | None:
+    progress = stream.progress
+    if progress is None:
+        return None
+    computed = progress.position - (progress.generated > 0)
+    evicted = 0 if stream.schedule is None else stream.schedule.evicted(computed)
+    return TurnInfo(
+        position=progress.position,
+        evicted=evicted,
+        cached=progress.position - evicted,
+        generated_tokens=progress.generated,
+        seconds=round(progress.seconds, 3),
+    )

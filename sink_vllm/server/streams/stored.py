@@ -41,6 +41,16 @@ class Answered(NamedTuple):
     """JSON of an account, without the stream as it was."""
 
 
+class Progress(NamedTuple):
+    """How far the turn in progress has come, in tokens; no part of the stream until it ends."""
+
+    position: int
+    """Length of the stream with what was appended and generated up to now."""
+    generated: int
+    seconds: float
+    """Of the store's clock, from the turn's first output to this one."""
+
+
 @dataclass(slots=True)
 class StoredStream:
     """One stream; all counts in tokens."""
@@ -76,6 +86,8 @@ class StoredStream:
     answered: Answered | None = None
     """The last turn whose client may ask for its answer again."""
     busy: bool = False
+    progress: Progress | None = None
+    """Of the turn in progress, once the engine has answered."""
     counted: int = 0
     """What the store has counted it as."""
 

@@ -18,7 +18,7 @@ from sink_vllm.server.streams.handler import Handler
 from sink_vllm.server.streams.interface import Streams
 from sink_vllm.server.streams.rendering import Rendering
 from sink_vllm.server.streams.resumes import Resumes
-from sink_vllm.server.streams.stored import Answered, StoredStream
+from sink_vllm.server.streams.stored import Answered, Progress, StoredStream
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -104,6 +104,8 @@ class Turn:
             stream, tokens, params, self._raw_request, request.priority
         )
         self._first = await anext(self._outputs)
+        self._answered_at = self._store.clock()
+        self._report_progress()
         self._cached = self._first.num_cached_tokens or 0
         self._check(self._first)
         if (told := _told_in(self._first)) is not None:
@@ -146,6 +148,7 @@ class Turn:
         """Take in an output; what it lets the stream forget is forgotten."""
         self._held.extend(token_ids)
         self._generated += len(token_ids)
+        self._report_progress()
         if self._request.return_token_ids:
             self._token_ids += token_ids
         told = _told_in(output)
@@ -153,6 +156,10 @@ class Turn:
             self._told = told
             self._held.told(Chain.read(told))
             self._held.trim(self._stream.schedule, sampled=self._generated > 0)
+
+    def _report_progress(self) -> None:
+        seconds = self._store.clock() - self._answered_at
+        self._stream.progress = Progress(self._held.position, self._generated, seconds)
 
     def _check(self, output: RequestOutput) -> None:
         """Raise what the engine's finish reason means, if it is an error."""
@@ -169,6 +176,7 @@ class Turn:
         if self._ended:
             return
         self._ended = True
+        self._stream.progress = None
         try:
             left = self._read and self._request.stream and not self._failed
             if self._complete or left:

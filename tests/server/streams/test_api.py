@@ -646,7 +646,7 @@ def test_schema(api: _Api) -> None:
     assert set(append["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     models = schema["components"]["schemas"]
     bodies = ("CreateStream", "Append", "Generate", "StreamInfo", "Appended", "AppendUsage")
-    for name in (*bodies, "StreamList"):
+    for name in (*bodies, "StreamList", "TurnInfo"):
         fields = models[name]["properties"].items()
         missing = [field for field, said in fields if not ({"description", "$ref"} & set(said))]
         assert set(missing) <= {"id", "object"}, name

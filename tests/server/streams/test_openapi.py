@@ -113,6 +113,7 @@ def test_an_answer_is_what_the_schema_says(schema: dict[str, Any]) -> None:
         idle_seconds=0.0,
         expires_in_seconds=9.0,
         busy=False,
+        turn=None,
         turns=1,
         position=3,
         evicted=0,

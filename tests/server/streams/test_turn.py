@@ -174,6 +174,40 @@ def test_a_finished_turn_changes_its_stream() -> None:
     _run(test)
 
 
+def test_a_turn_in_progress_is_told_of() -> None:
+    """As far as it has come, beside the stream as it was, and no longer when it has ended."""
+
+    async def test() -> None:
+        service = _Service(_Engine(*[None] * 200, "stop"))
+        stream = service.stream()
+        stream.options, stream.schedule = {}, SCHEDULE
+        turn = await service.append(stream.id, _request(stream=True))
+        stream.schedule = SCHEDULE  # the stand-in's rendering takes it away
+        begun = service.info(stream).turn
+        assert begun is not None
+        assert (begun.position, begun.generated_tokens, begun.evicted) == (5, 0, 0)
+
+        deltas = turn.deltas()
+        for generated in range(1, 150):
+            await anext(deltas)
+            info = service.info(stream)
+            assert (info.position, info.busy, info.evicted) == (2, True, 0)
+            assert info.turn is not None
+            assert info.turn.generated_tokens == generated
+            assert info.turn.position == 5 + generated
+            assert info.turn.evicted == SCHEDULE.evicted(4 + generated)
+            assert info.turn.cached == info.turn.position - info.turn.evicted
+        assert info.turn is not None
+        assert info.turn.evicted == 32
+        assert info.turn.seconds > 0
+        await deltas.aclose()
+        await turn.close()
+
+        assert service.info(stream).turn is None
+
+    _run(test)
+
+
 # -- cancelled ------------------------------------------------------------------------------------
 
 

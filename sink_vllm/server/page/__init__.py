@@ -1,0 +1,1 @@
+"""``/streams``: a page to look at the stored streams with (API server)."""
