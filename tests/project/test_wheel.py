@@ -1,60 +1,14 @@
 """The wheel works without the checkout: built, installed into its own environment, and run."""
 
-import os
-import subprocess
-import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from examples.serving import ENVIRONMENT
 from tests.support.paths import ROOT
+from tests.support.wheel import run
 
 MODEL = ROOT / "examples" / "models" / "pystream-2.5m"
-
-
-def run(*words: str | Path, cwd: Path, timeout: int = 300) -> str:
-    """What a command says; it must succeed."""
-    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ran = subprocess.run(
-        [str(word) for word in words],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=cwd,
-        env={**ENVIRONMENT, **outside},
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves files beside what it builds."""
-    source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "sink_vllm"):
-        run("cp", "-r", ROOT / name, source, cwd=source)
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "-w", made)
-    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=source)
-    (found,) = made.glob("*.whl")
-    return found
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel, on this one's vLLM and torch."""
-    folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    # Behind its own packages; what is installed here in editable form is not followed.
-    (packages / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    python = folder / "bin" / "python"
-    options = ("--python", python, "install", "--no-deps", "--no-index", "--ignore-installed")
-    run(sys.executable, "-m", "pip", *options, wheel, cwd=folder)
-    return folder / "bin"
 
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
