@@ -167,7 +167,9 @@ def build(folder: Path) -> tuple[Path, Path]:
 def _tool(name: str, *words: str) -> None:
     ran = subprocess.run([sys.executable, "-m", name, *words], capture_output=True, text=True)
     if f"No module named {name}" in ran.stderr:
-        raise NotReady(f"{name} is not installed: `make release-check`, or pip install '.[release]'.")
+        raise NotReady(
+            f"{name} is not installed: `make release-check`, or pip install '.[release]'."
+        )
     if ran.returncode:
         end = "\n".join((ran.stdout + ran.stderr).strip().splitlines()[-12:])
         raise NotReady(f"{name} failed:\n{end}")
@@ -184,12 +186,15 @@ def checks(tag: str | None, folder: Path) -> Iterator[tuple[str, Callable[[], st
         lambda: check_changelog(log.read_text(), version, releases, dated=tag is not None),
     )
     if tag is not None:
-        yield "tag", lambda: check_tag(
-            tag,
-            version,
-            dirty=git("status", "--porcelain"),
-            at=git("tag", "--list", tag) and git("rev-list", "-n", "1", tag).strip(),
-            head=git("rev-parse", "HEAD").strip(),
+        yield (
+            "tag",
+            lambda: check_tag(
+                tag,
+                version,
+                dirty=git("status", "--porcelain"),
+                at=git("tag", "--list", tag) and git("rev-list", "-n", "1", tag).strip(),
+                head=git("rev-parse", "HEAD").strip(),
+            ),
         )
     made: list[Path] = []
 

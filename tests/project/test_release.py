@@ -1,4 +1,4 @@
-"""`make release-check` lets a release through only with changelog, version, tag and wheel in order."""
+"""`make release-check` passes only with changelog, version, tag and wheel in order."""
 
 import zipfile
 from importlib.util import find_spec
@@ -10,7 +10,9 @@ from release import NotReady, build, check_changelog, check_tag, check_wheel, gi
 from tests.support.paths import ROOT
 
 LOG = (ROOT / "CHANGELOG.md").read_text()
-DATED = "# Changelog\n\n## [1.2.0] - 2026-11-29\n\nvLLM: 7.1.0, and\n7.2.0\n\n- new\n\n## [1.1.0] - x\n"
+DATED = (
+    "# Changelog\n\n## [1.2.0] - 2026-11-29\n\nvLLM: 7.1.0, and\n7.2.0\n\n- new\n\n## [1.1.0] - x\n"
+)
 RELEASES = ["7.1.0", "7.2.0"]
 
 
@@ -58,7 +60,9 @@ def test_a_tag_that_is_not_in_order(tag: str, dirty: str, at: str, sentence: str
 
 def test_a_tag_in_order() -> None:
     assert check_tag("v1.2.0", "1.2.0", dirty="", at="", head="a" * 40) == "v1.2.0 is free"
-    assert check_tag("v1.2.0", "1.2.0", dirty="", at="a" * 40, head="a" * 40).startswith("v1.2.0 at")
+    assert check_tag("v1.2.0", "1.2.0", dirty="", at="a" * 40, head="a" * 40).startswith(
+        "v1.2.0 at"
+    )
 
 
 def changed(wheel: Path, folder: Path, edits: dict[str, str], add: str = "") -> Path:

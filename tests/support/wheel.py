@@ -50,4 +50,9 @@ def install_wheel(wheel: Path, folder: Path) -> Path:
     python = folder / "bin" / "python"
     options = ("--python", python, "install", "--no-deps", "--no-index", "--ignore-installed")
     run(sys.executable, "-m", "pip", *options, wheel, cwd=folder)
+    command = folder / "bin" / "vllm"  # of the vLLM below, as pip would write it
+    command.write_text(
+        f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"
+    )
+    command.chmod(0o755)
     return folder / "bin"
