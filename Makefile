@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both prepare `.venv` first, and with VLLM=0.33
 # (a line of pyproject.toml) an environment of that line, `.venv-0.33`, and use that.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-seams test-ray fuzz drift quality quality-full bench bench-full bench-gpu docs lint format clean
+.PHONY: help install demo test test-all test-fast test-seams test-ray fuzz drift quality quality-full bench bench-full bench-gpu docs release-check lint format clean
 
 # The first of these that runs; override with PYTHON=/path/to/python3.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c 0 2>/dev/null && echo y),$(p))) python3)
@@ -81,6 +81,10 @@ docs: $(STAMP) ## the documentation as a site, in out/site; every link is checke
 	@$(BIN)/python .ci/site.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 	@echo "out/site/index.html"
+
+release-check: $(STAMP) ## is this checkout a release? builds dist/, publishes nothing (ARGS="--tag v0.1.0")
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[release]"
+	@$(BIN)/python .ci/release.py $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format), mypy, and that imports go one way
 	@$(BIN)/ruff check

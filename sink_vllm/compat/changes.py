@@ -89,6 +89,16 @@ OBJECT_CHANGES = (
     ObjectChange("sink_vllm.worker.layers.rotation", "_ROPE_DICT[*]", "0046-longer-rope-tables"),
     ObjectChange("sink_vllm.tools.specs", "_ROPE_DICT[*]", "0046-longer-rope-tables"),
     *(
+        ObjectChange("sink_vllm.tools.seats", what, "0052-seats-of-a-split-model")
+        for what in (
+            "parallel_config.rank",
+            "group.ranks",
+            "group.rank",
+            "group.rank_in_group",
+            "group.world_size",
+        )
+    ),
+    *(
         ObjectChange("sink_vllm.worker.layers.rotation_longrope", what, "0046-longer-rope-tables")
         for what in ("rotary.use_long_rope", "self.rotary.long_short_cos_sin_cache")
     ),

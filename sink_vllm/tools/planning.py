@@ -1,6 +1,7 @@
 """``sink-vllm plan``: the numbers of a server that has not been started."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from vllm.engine.arg_utils import EngineArgs
@@ -26,6 +27,9 @@ class Plan:
     longest: int
     """The largest capacity of this model (tokens)."""
     weight_bytes: int
+    """Of the worker that has most of them."""
+    split: tuple[int, int]
+    """``--tensor-parallel-size`` and ``--pipeline-parallel-size``; all bytes are of one worker."""
     kv_bytes: int | None
     """Of the KV cache; ``None`` if nobody said how much there is."""
     estimated: bool
@@ -56,6 +60,9 @@ class Plan:
             ("an eviction every", f"{schedule.stride} tokens of a stream"),
             ("weights", _size(self.weight_bytes)),
         ]
+        if self.split != (1, 1):
+            workers = self.split[0] * self.split[1]
+            rows.append(("workers", f"{workers}; all sizes are of one"))
         if self.kv_bytes is not None:
             source = "before activations and graphs" if self.estimated else "as given"
             rows.append(("KV cache", f"{_size(self.kv_bytes)} ({source})"))
@@ -74,10 +81,15 @@ class Plan:
     def command(self) -> str:
         """What a user may paste."""
         schedule = self.sizing.schedule
+        split = "".join(
+            f" --{how}-parallel-size {number}"
+            for how, number in zip(("tensor", "pipeline"), self.split, strict=True)
+            if number > 1
+        )
         most = "" if self.wanted is None else f" --max-num-seqs {self.wanted}"
         return (
             f"vllm serve {self.model} --kv-policy sink --sink-tokens {schedule.sink_tokens} "
-            f"--sink-window {schedule.window} --sink-stride {schedule.stride}{most}"
+            f"--sink-window {schedule.window} --sink-stride {schedule.stride}{split}{most}"
         )
 
     def _way_out(self) -> str:
@@ -115,24 +127,28 @@ def plan(
 
     Args:
         engine_args: with the policy.
-        kv_bytes: of the KV cache.
-        gpu_bytes: of a GPU, of which weights take a part.
+        kv_bytes: of the KV cache of one worker.
+        gpu_bytes: of each GPU, of which weights take a part.
         wanted: streams that are to fit.
 
     Raises:
         Refused: the model is, or not even one stream fits.
     """
-    vllm_config = engine_args.create_engine_config()
-    outline = outline_of(vllm_config)
+    stages = [deepcopy(engine_args) for _ in range(engine_args.pipeline_parallel_size)]
+    configs = [one.create_engine_config() for one in stages]
+    outlines = [outline_of(config, stage) for stage, config in enumerate(configs)]
+    vllm_config = configs[0]
+    weight_bytes = max(one.weight_bytes for one in outlines)
     if gpu_bytes is not None:
         share = vllm_config.cache_config.gpu_memory_utilization
-        kv_bytes = max(int(gpu_bytes * share) - outline.weight_bytes, 0)
+        kv_bytes = max(int(gpu_bytes * share) - weight_bytes, 0)
     return Plan(
         model=engine_args.model,
         platform=current_platform.device_type,
-        sizing=sizing_of(vllm_config, outline.specs, kv_bytes),
+        sizing=sizing_of(vllm_config, [one.specs for one in outlines], kv_bytes),
         longest=own_bound_of(vllm_config.model_config).most,
-        weight_bytes=outline.weight_bytes,
+        weight_bytes=weight_bytes,
+        split=(engine_args.tensor_parallel_size, engine_args.pipeline_parallel_size),
         kv_bytes=kv_bytes,
         estimated=gpu_bytes is not None,
         wanted=wanted,

@@ -1,7 +1,7 @@
 """The KV cache of a model that is not loaded: its layers are made without memory, and asked."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +34,7 @@ from sink_vllm.engine.sizing import Sizing
 from sink_vllm.engine.tables import PageTables
 from sink_vllm.gate.refused import Refused, refusals
 from sink_vllm.policy.config import SinkConfig
+from sink_vllm.tools.seats import take_seat
 
 
 class Outline(NamedTuple):
@@ -44,21 +45,27 @@ class Outline(NamedTuple):
     weight_bytes: int
 
 
-def outline_of(vllm_config: VllmConfig) -> Outline:
+def outline_of(vllm_config: VllmConfig, stage: int = 0) -> Outline:
     """Make the model on torch's ``meta`` device, and ask vLLM's runner for its KV cache specs.
 
+    Args:
+        vllm_config: with the policy, and of no other stage: layers leave their names in it.
+        stage: of the pipeline; what a worker has of it.
+
     Raises:
-        Refused: the model is split over several workers, or a layer does not fit the policy.
+        Refused: the model is split in another way, or a layer does not fit the policy.
     """
-    if vllm_config.parallel_config.world_size > 1:
+    parallel = vllm_config.parallel_config
+    if parallel.world_size != parallel.tensor_parallel_size * parallel.pipeline_parallel_size:
         raise Refused(
-            f"--tensor-parallel-size × --pipeline-parallel-size = "
-            f"{vllm_config.parallel_config.world_size}: only a model in one piece can be planned; "
-            "leave them out, and divide bytes by the number of GPUs."
+            f"{parallel.world_size} workers are more than --tensor-parallel-size × "
+            "--pipeline-parallel-size: only a model split by these can be planned; leave the "
+            "others out."
         )
     config = SinkConfig.of(vllm_config)
     assert config is not None, "the policy is on"
     with _alone(vllm_config):
+        take_seat(parallel, stage)
         dtype = cast(torch.dtype, vllm_config.model_config.dtype)  # resolved by now
         with set_default_torch_dtype(dtype), torch.device("meta"):
             model = initialize_model(vllm_config=vllm_config)
@@ -85,34 +92,37 @@ def outline_of(vllm_config: VllmConfig) -> Outline:
 
 
 def sizing_of(
-    vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], kv_bytes: int | None
+    vllm_config: VllmConfig, stages: Sequence[dict[str, KVCacheSpec]], kv_bytes: int | None
 ) -> Sizing:
-    """What the start-up line of a server with ``kv_bytes`` of KV cache says.
+    """What the start-up line of a server with ``kv_bytes`` of KV cache per worker says.
 
     Args:
         vllm_config: with the policy.
-        specs: of the model, under the policy.
-        kv_bytes: of the pool; ``None`` for some number.
+        stages: specs of each stage of the pipeline, under the policy.
+        kv_bytes: of the pool of each worker; ``None`` for some number.
 
     Raises:
         Refused: not even one stream fits; vLLM's sentence.
     """
     if kv_bytes is None:  # hybrids are padded: whatever is needed is less than this
-        kv_bytes = 64 * sum(one.max_memory_usage_bytes(vllm_config) for one in specs.values())
+        kv_bytes = 64 * max(
+            sum(one.max_memory_usage_bytes(vllm_config) for one in specs.values())
+            for specs in stages
+        )
     with refusals(), set_current_vllm_config(vllm_config):
-        configs = _kv_cache_configs(vllm_config, specs, kv_bytes)
+        configs = _kv_cache_configs(vllm_config, list(stages), kv_bytes)
         kv_cache_config = generate_scheduler_kv_cache_config(configs)
         return Sizing.of(_tables(vllm_config, kv_cache_config), kv_cache_config)
 
 
 def _kv_cache_configs(
-    vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], kv_bytes: int
+    vllm_config: VllmConfig, stages: list[dict[str, KVCacheSpec]], kv_bytes: int
 ) -> list[KVCacheConfig]:
-    """As the engine core does it, for one worker: 0.33 forms the groups in a step of its own."""
+    """As the engine core does it, a worker of each: 0.33 forms groups in a step of its own."""
     grouped: Any = getattr(core, "get_global_kv_cache_groups", None)
-    groups = [] if grouped is None else [grouped(vllm_config, [specs])]
+    groups = [] if grouped is None else [grouped(vllm_config, stages)]
     make: Any = vars(core)["get_kv_cache_configs"]
-    made: list[KVCacheConfig] = make(vllm_config, [specs], [kv_bytes], *groups)
+    made: list[KVCacheConfig] = make(vllm_config, stages, [kv_bytes] * len(stages), *groups)
     return made
 
 
@@ -135,7 +145,7 @@ def _is_outline(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def _alone(vllm_config: VllmConfig) -> Iterator[None]:
-    """vLLM's layers ask how many workers there are: one, this process."""
+    """Groups of one, this process: vLLM's layers ask them how many workers there are."""
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(vllm_config):
         method = f"file://{Path(folder, 'rendezvous')}"
         init_distributed_environment(1, 0, method, 0, "gloo")

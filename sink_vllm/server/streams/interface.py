@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 from sink_vllm.policy.schedule import Schedule
-from sink_vllm.server.streams.stored import StoredStream, Waiting
+from sink_vllm.server.streams.stored import Progress, StoredStream, Waiting
 
 
 class Numbers(NamedTuple):
@@ -35,7 +35,7 @@ class Streams(Protocol):
 
     Where they are remembered elsewhere, ``get`` and ``of_client`` return streams without their
     tokens, and every method raises ``Unreachable`` when nobody answers, except for
-    ``release``, ``save`` and ``save_later``.
+    ``report``, ``release``, ``save`` and ``save_later``.
     """
 
     clock: Callable[[], float]
@@ -59,6 +59,8 @@ class Streams(Protocol):
     def get(self, stream_id: str) -> StoredStream: ...
 
     def acquire(self, stream_id: str) -> StoredStream: ...
+
+    def report(self, stream_id: str, progress: Progress) -> None: ...
 
     def release(self, stream: StoredStream) -> None: ...
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from sink_vllm.server.streams.interface import Limits, Numbers
 from sink_vllm.server.streams.store import StreamStore
-from sink_vllm.server.streams.stored import StoredStream
+from sink_vllm.server.streams.stored import Progress, StoredStream
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -125,6 +125,10 @@ class _Asked:
         stream = store.acquire(stream_id)
         self._taken.add(stream_id)
         return copy(stream)
+
+    def report(self, store: StreamStore, stream_id: str, progress: Progress) -> None:
+        if stream_id in self._taken:
+            store.report(stream_id, progress)
 
     def release(self, store: StreamStore, stream: StoredStream) -> None:
         self._taken.remove(stream.id)

@@ -17,7 +17,7 @@ from typing import Any
 from sink_vllm.server.streams.errors import Unreachable
 from sink_vllm.server.streams.interface import Limits, Numbers
 from sink_vllm.server.streams.store import log_failure
-from sink_vllm.server.streams.stored import StoredStream
+from sink_vllm.server.streams.stored import Progress, StoredStream
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -68,6 +68,9 @@ class RemoteStore:
     def acquire(self, stream_id: str) -> StoredStream:
         stream: StoredStream = self._ask("acquire", stream_id).result()
         return stream
+
+    def report(self, stream_id: str, progress: Progress) -> None:
+        self._ask("report", stream_id, progress).add_done_callback(log_failure)
 
     def release(self, stream: StoredStream) -> None:
         """Tell what has become of a stream; its owner has it until then as it was.

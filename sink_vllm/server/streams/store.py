@@ -30,7 +30,7 @@ from sink_vllm.server.streams.errors import (
 from sink_vllm.server.streams.held import Held
 from sink_vllm.server.streams.interface import Limits, Numbers
 from sink_vllm.server.streams.shares import Shares
-from sink_vllm.server.streams.stored import ID_PREFIX, StoredStream, Waiting
+from sink_vllm.server.streams.stored import ID_PREFIX, Progress, StoredStream, Waiting
 
 # Below vLLM's own logger, whose handlers print it.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -191,6 +191,10 @@ class StreamStore:
         self._shares.in_use(stream.client, stream.id)
         return stream
 
+    def report(self, stream_id: str, progress: Progress) -> None:
+        """How far the turn of a stream has come that has been taken; for who looks at it."""
+        self._streams[stream_id].progress = progress
+
     def release(self, stream: StoredStream) -> None:
         """The most recently used stream from now on; others go if there are too many tokens.
 
@@ -198,7 +202,7 @@ class StreamStore:
             stream: that has been taken, or what has become of a copy of it.
         """
         self._streams[stream.id] = stream
-        stream.busy = False
+        stream.busy, stream.progress = False, None
         stream.used = self.clock()
         self._settle(stream, asks=False)
 

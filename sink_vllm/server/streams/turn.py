@@ -23,6 +23,8 @@ from sink_vllm.server.streams.stored import Answered, Progress, StoredStream
 if TYPE_CHECKING:
     from fastapi import Request
 
+_REPORT_SECONDS = 0.2
+"""Between two reports of how far a turn has come."""
 _CLOSING: set[asyncio.Future[Any]] = set()  # asyncio itself would let go of them
 
 
@@ -66,6 +68,7 @@ class Turn:
         self._store, self._handler, self._rendering = store, handler, rendering
         self._info, self._key = info, key
         self._resumes, self._began = resumes, time.monotonic()
+        self._report_at = 0.0
         self._texts: list[str] = []
         self._before = (stream.options, stream.schedule)
         self._held = stream.held.copy()
@@ -159,7 +162,10 @@ class Turn:
 
     def _report_progress(self) -> None:
         seconds = self._store.clock() - self._answered_at
-        self._stream.progress = Progress(self._held.position, self._generated, seconds)
+        if seconds >= self._report_at:
+            self._report_at = seconds + _REPORT_SECONDS
+            progress = Progress(self._held.position, self._generated, seconds)
+            self._store.report(self._stream.id, progress)
 
     def _check(self, output: RequestOutput) -> None:
         """Raise what the engine's finish reason means, if it is an error."""
@@ -176,7 +182,6 @@ class Turn:
         if self._ended:
             return
         self._ended = True
-        self._stream.progress = None
         try:
             left = self._read and self._request.stream and not self._failed
             if self._complete or left:
