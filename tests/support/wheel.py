@@ -52,7 +52,8 @@ def install_wheel(wheel: Path, folder: Path) -> Path:
     run(sys.executable, "-m", "pip", *options, wheel, cwd=folder)
     command = folder / "bin" / "vllm"  # of the vLLM below, as pip would write it
     command.write_text(
-        f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"
+        f"#!{python}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n"
+        'if __name__ == "__main__":\n    sys.exit(main())\n'  # processes it starts import it
     )
     command.chmod(0o755)
     return folder / "bin"
