@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from examples.serving import Server, ServerError
-from sink_vllm.server.streams.archive import Archive
+from examples.serving import Server
 from tests.conftest import ModelFactory
 from tests.support.serving import CAPACITY, SCHEDULE, Client, prompt_of, tiny_server
 from tests.support.tiny_models import TinyLlama
@@ -110,18 +109,3 @@ def test_killed_in_mid_turn(tiny_llama: ModelFactory, tmp_path: Path) -> None:
             assert again["token_ids"] == streams.complete(whole, 12, cache_salt=stream_id)
             assert again["usage"]["resumed_from"] == "cache"
             assert again["stream"]["position"] == len(text) + 2 + 12 + 1 + 12
-
-
-@pytest.mark.slow
-def test_a_second_server_on_one_database_does_not_start(
-    tiny_llama: ModelFactory, tmp_path: Path
-) -> None:
-    archive = Archive(str(tmp_path / "streams.db"), {})
-    server = tiny_server(
-        tiny_llama(TinyLlama()), "--sink-streams-db", archive.path, environment=PLUGINS
-    )
-    with pytest.raises(ServerError), server:
-        server.wait(lambda _waited: None)
-    archive.close()
-    assert "another server has it open" in server.log.read_text()
-    server.log.unlink()
