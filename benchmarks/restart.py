@@ -35,7 +35,7 @@ import httpx
 
 from benchmarks.common import Results, default_name
 from benchmarks.service import BLOCK, GREEDY, NAME, SCHEDULE, serve
-from examples.serving import Server
+from examples.serving import Server, stop_on_terminate
 from sink_vllm.policy.schedule import pages_per_stream
 
 NEW, GENERATED = 48, 24  # tokens of a turn
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="more of vllm serve, in one string")
     parser.add_argument("--name", default=default_name("restart"))
     args = parser.parse_args()
+    stop_on_terminate()
     results = Results(args.name, vars(args) | {"schedule": str(SCHEDULE), "block_size": BLOCK})
     chance = random.Random(args.seed)
     pages = (args.streams + 4) * pages_per_stream(SCHEDULE, BLOCK)

@@ -39,7 +39,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from benchmarks.common import Results, default_name
 from benchmarks.rows import Rows
 from benchmarks.service import BLOCK, GREEDY, SCHEDULE, Api, serve
-from examples.serving import Server
+from examples.serving import Server, stop_on_terminate
 from sink_vllm.policy.parked import KEY
 from sink_vllm.policy.schedule import pages_per_stream
 from sink_vllm.server.streams.archive import Archive
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--resumed", type=int, default=100)
     parser.add_argument("--name", default=default_name("stored_streams"))
     args = parser.parse_args()
+    stop_on_terminate()
     results = Results(args.name, vars(args) | {"schedule": str(SCHEDULE), "block_size": BLOCK})
     pages = 4 * len(args.positions) * pages_per_stream(SCHEDULE, BLOCK)
     more = ["--sink-streams", str(args.idle + 3 * FEW + len(args.positions))]
