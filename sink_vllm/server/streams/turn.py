@@ -162,9 +162,10 @@ class Turn:
 
     def _report_progress(self) -> None:
         seconds = self._store.clock() - self._answered_at
-        if seconds >= self._report_at:
+        progress = Progress(self._held.position, self._generated, seconds)
+        self._stream.progress = progress
+        if seconds >= self._report_at:  # where the stream is a copy of what others look at
             self._report_at = seconds + _REPORT_SECONDS
-            progress = Progress(self._held.position, self._generated, seconds)
             self._store.report(self._stream.id, progress)
 
     def _check(self, output: RequestOutput) -> None:
