@@ -30,7 +30,7 @@ class StateCopies:
 
     def __init__(self, tables: PageTables) -> None:
         self._tables = tables
-        self._ledger = tables.ledger
+        self.ledger = tables.ledger
         self._latest: dict[str, deque[_Copies]] = {}
 
     def plan(
@@ -59,20 +59,20 @@ class StateCopies:
             taken += copies
             if copies:
                 self._note(request.request_id, copies)
-        self._ledger.pool.free_blocks(taken)
+        self.ledger.pool.free_blocks(taken)
         return more
 
     def _copy(
         self, request: Request, pages: int, written: set[tuple[int, int]], more: list[PageMove]
     ) -> list[KVCacheBlock]:
         """Copy the states of one request after ``pages`` pages, where there are no copies yet."""
-        pool, size = self._ledger.pool, self._tables.block_size
+        pool, size = self.ledger.pool, self._tables.block_size
         block_hash = request.block_hashes[pages - 1]
         copies: list[KVCacheBlock] = []
         for state in self._tables.recurrent:
             group, source = state.kv_cache_group_id, state.page_of(request.request_id)
             is_known = pool.get_cached_block(block_hash, [group]) is not None
-            if is_known or (group, source.block_id) in written or not self._ledger.num_free:
+            if is_known or (group, source.block_id) in written or not self.ledger.num_free:
                 continue
             (copy,) = pool.get_new_blocks(1)
             pool.cache_full_blocks(
@@ -92,7 +92,7 @@ class StateCopies:
         latest.append([(block, block.block_hash) for block in copies])
         if len(latest) > _KEPT:
             old = latest.popleft()
-            self._ledger.dropped.add(block for block, known in old if block.block_hash == known)
+            self.ledger.dropped.add(block for block, known in old if block.block_hash == known)
 
     def forget(self, request_id: str) -> None:
         """The stream has ended: it may be resumed wherever there is a copy."""
