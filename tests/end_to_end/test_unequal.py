@@ -171,7 +171,7 @@ def test_latents_are_not_padded() -> None:
 
 def test_groups_whose_pages_have_other_tokens_are_refused() -> None:
     """As vLLM would make them of pages that differ, if an engine asked for another layout."""
-    longer = replace(spec_of(1), block_size=64)  # type: ignore[type-var]
+    longer = replace(spec_of(1), block_size=64)
     groups = [KVCacheGroupSpec(["window"], spec_of(2, 24)), KVCacheGroupSpec(["full"], longer)]
     config = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
 
