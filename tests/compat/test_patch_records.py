@@ -133,6 +133,7 @@ OURS = {
         "self.account",
         "self.recycler",
     },
+    "sink_vllm.engine.hibernation": {"self._ledger"},
     "sink_vllm.server.streams": {
         "stream",
         "self._stream",
