@@ -131,6 +131,11 @@ OBJECT_CHANGES = (
         "scheduler_stats.num_kv_fetch_reqs_by_stage.update",
         "0048-values-of-a-request",
     ),
+    ObjectChange(
+        "sink_vllm.engine.hibernation",
+        "pool.cached_block_hash_to_block.insert",
+        "0053-pages-that-come-back",
+    ),
     *(
         ObjectChange("sink_vllm.worker.runner_v1", what, "0048-values-of-a-request")
         for what in ("req_state.output_token_ids.extend", "self.mrope_positions.gpu*")

@@ -164,15 +164,15 @@ class SinkOptions:
                 )
         path: object = self.sink_disk
         if path is not None and (not isinstance(path, str) or not path):
-            raise ValueError(f"{flag('sink_disk')}={path!r} is no path of a folder; name one.")
+            raise ValueError(f"{flag('sink_disk')}={path!r} is no path of a folder; use one.")
         if bool(self.sink_disk) != bool(self.sink_disk_gib):
             given, other = ("sink_disk", "sink_disk_gib")[:: 1 if self.sink_disk else -1]
             raise ValueError(
-                f"{flag(given)}={getattr(self, given)!r} is of no use without {flag(other)}; give "
+                f"{flag(given)}={getattr(self, given)!r} is nothing without {flag(other)}; use "
                 "both, or drop it."
             )
         if self.sink_disk and not self.sink_host_gib:
             raise ValueError(
                 f"{flag('sink_disk')}={self.sink_disk!r} is read and written through host memory, "
-                f"and there is none; add {flag('sink_host_gib')}."
+                f"and there is none; use {flag('sink_host_gib')}, too."
             )

@@ -135,6 +135,7 @@ OURS = {
         "self.account",
         "self.recycler",
     },
+    "sink_vllm.engine.hibernation": {"self._ledger"},
     "sink_vllm.server.streams": {
         "stream",
         "self._stream",

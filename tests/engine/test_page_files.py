@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from sink_vllm.compat.disk_folder import _claim
 from sink_vllm.engine.hibernation.disk import Disk
@@ -174,3 +176,19 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match=r"cannot be used .*name a folder that this server may write"):
         _claim(tmp_path / "file" / "pages-of.json", {"model": "a"}, "/pages")
+
+
+def test_guard_the_block_pool_registers_blocks_under_hashes() -> None:
+    """A free block with a hash is found by it, is touched, and loses it when it is reused."""
+    pool = BlockPool(4, enable_caching=True, hash_block_size=16)
+    key = make_block_hash_with_group_id(BlockHash(KEYS[0]), 3)
+    (block,) = pool.get_new_blocks(1)
+    block.set_block_hash(key)
+    pool.cached_block_hash_to_block.insert(key, block)
+    pool.free_blocks([block])
+    assert pool.get_cached_block(BlockHash(KEYS[0]), [3]) == [block]
+    assert pool.cached_block_hash_to_block.get_one_block(key) is block
+    assert pool.get_new_blocks(2)[0] is not block
+    assert pool.get_new_blocks(1) == [block]
+    assert block.block_hash is None
+    assert pool.cached_block_hash_to_block.get_one_block(key) is None

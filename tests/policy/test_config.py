@@ -137,20 +137,20 @@ def test_all_options() -> None:
         ),
         (
             SINK | {"sink_disk": ""},
-            "--sink-disk='' is no path of a folder; name one.",
+            "--sink-disk='' is no path of a folder; use one.",
         ),
         (
             SINK | {"sink_host_gib": 1, "sink_disk": "/pages"},
-            "--sink-disk='/pages' is of no use without --sink-disk-gib; give both, or drop it.",
+            "--sink-disk='/pages' is nothing without --sink-disk-gib; use both, or drop it.",
         ),
         (
             SINK | {"sink_host_gib": 1, "sink_disk_gib": 0.5},
-            "--sink-disk-gib=0.5 is of no use without --sink-disk; give both, or drop it.",
+            "--sink-disk-gib=0.5 is nothing without --sink-disk; use both, or drop it.",
         ),
         (
             SINK | {"sink_disk": "/pages", "sink_disk_gib": 1},
-            "--sink-disk='/pages' is read and written through host memory, and there is none; add "
-            "--sink-host-gib.",
+            "--sink-disk='/pages' is read and written through host memory, and there is none; use "
+            "--sink-host-gib, too.",
         ),
         (
             SINK | {"sink_prompt": "cut"},

@@ -1,9 +1,12 @@
 """What an engine core keeps of pages outside its block pool, as the options say."""
 
+import hashlib
+
 import psutil
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.core import kv_cache_utils
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from sink_vllm.compat.disk_folder import engine_folder
@@ -66,8 +69,7 @@ def _disk(config: SinkConfig, vllm_config: VllmConfig, slots: Slots) -> Disk | N
         return None
     workers = range(vllm_config.parallel_config.tensor_parallel_size)
     memories, layouts = zip(*(attach(rank) for rank in workers), strict=True)
-    # Hashes begin with a seed, which some algorithms draw anew with every start.
-    layout = f"{layouts[0]}, hashes from {kv_cache_utils.NONE_HASH.hex()}"
+    layout = f"{layouts[0]}, hashes of {_seed(vllm_config)}"
     folder, lock = engine_folder(config, vllm_config, layout)
     disk = Disk(folder, int(config.disk_gib * 2**30), slots, list(memories), lock)
     logger.info(
@@ -77,3 +79,15 @@ def _disk(config: SinkConfig, vllm_config: VllmConfig, slots: Slots) -> Disk | N
         config.disk_gib,
     )
     return disk
+
+
+def _seed(vllm_config: VllmConfig) -> str:
+    """A name of what all hashes begin with, which vLLM decides after the scheduler is made."""
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    seed = resolve_none_hash_seed(get_hash_fn_by_name(algorithm))
+    if seed != resolve_none_hash_seed(get_hash_fn_by_name(algorithm)):
+        raise Refused(
+            f"--prefix-caching-hash-algo={algorithm} hashes otherwise with every start, so that "
+            "no page of --sink-disk would be found again; use sha256, or set PYTHONHASHSEED."
+        )
+    return hashlib.sha256(seed.encode()).hexdigest()[:16]
