@@ -35,6 +35,7 @@ REACH = {
     "truncate": 0.1,
     "windowed": 0.1,
     "recurrent": 0.1,
+    "states found": 0.02,
     "drafts accepted": 1,
     "pages brought back": 0.1,
     "evictions with drafts": 0.3,
