@@ -127,6 +127,7 @@ OURS = {
         "stats",
         "self.stats",
         "self.account.stats",
+        "ahead",
         "ledger",
         "self.ledger",
         "holder",
@@ -139,6 +140,7 @@ OURS = {
     "sink_vllm.server.streams": {
         "stream",
         "self._stream",
+        "self._streams[stream_id]",
         "self._clients[client]",
         "held",
         "state",  # Starlette's, made for such things

@@ -412,7 +412,6 @@ def test_settings_that_contradict_the_policy(
             {"layer_types": ["full_attention", "window_attention"]},
             "layer_types: window_attention",
         ),
-        ({"num_kv_shared_layers": 1}, "read another layer's KV cache yet (1)"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
         ({"is_causal": False}, "bidirectional"),
         (

@@ -33,7 +33,13 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, MambaSpec
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    KVCacheTensor,
+    MambaSpec,
+)
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -338,6 +344,16 @@ def made_up(request_id: str, number: int) -> int:
     return 1000 + (sum(map(ord, request_id)) * 31 + number * 7) % 997
 
 
+def _pool(pages: int, page_bytes: int, specs: Sequence[KVCacheSpec]) -> KVCacheTensor:
+    """Where the only layer of every group lies over that of the others."""
+    return KVCacheTensor(
+        size=pages * page_bytes,
+        layers=[f"{i}" for i in range(len(specs))],
+        layer_stride=0,
+        block_stride=page_bytes,
+    )
+
+
 class Core(EngineCore):
     """``EngineCore`` on an executor without a model."""
 
@@ -360,7 +376,7 @@ class Core(EngineCore):
         config.cache_config.num_gpu_blocks = pages + 1  # and vLLM's null block
         kv_cache_config = KVCacheConfig(
             num_blocks=pages + 1,
-            kv_cache_tensors=[],
+            kv_cache_tensors=[_pool(pages + 1, max(one.page_size_bytes for one in specs), specs)],
             kv_cache_groups=[KVCacheGroupSpec([f"{i}"], one) for i, one in enumerate(specs)],
             prefix_cache_retention_interval=config.cache_config.prefix_cache_retention_interval,
         )
