@@ -31,7 +31,7 @@ BEFORE = (
 MEANWHILE = (
     "curl -sN localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
     f"       -d '{_BODY}' | grep streaming_llm",
-    "curl -s localhost:8000/metrics | grep '^sink_vllm:evict'",
+    "curl -s localhost:8000/metrics | grep '^sink_vllm:evict.*_total'",
     "sink-vllm probe",
 )
 _HEAD = """# From the wheel to a stream
@@ -39,14 +39,16 @@ _HEAD = """# From the wheel to a stream
 An environment with the wheel (`pip install 'sink-vllm[cpu]'`:
 [releasing.md](releasing.md#what-the-extras-bring)), the repository's small model of 256 tokens, and
 what its commands say. Made by `python -m tests.support.transcript`;
-`tests/project/test_transcript.py` runs it again and compares. Names of requests, times and
-the patch release of Python are replaced.
+`tests/project/test_transcript.py` runs it again and compares. Names of requests, times, what was
+sampled and the patch release of Python are replaced.
 
 ```
 """
 _VOLATILE = (
     (r"cmpl-[0-9a-f-]+", "cmpl-…"),
     (r'"created":\d+', '"created":…'),
+    (r'"text":".*?",', '"text":"…",'),  # sampled
+    (r'"system_fingerprint":"[^"]*"', '"system_fingerprint":"…"'),
     (r"(Python +3\.\d+)\.\d+", r"\1"),
 )
 
