@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,11 +16,12 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from examples import agent, endless_chat, transcription
+from examples import agent, batch, endless_chat, transcription
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.server
 
+MODEL = ROOT / "examples" / "models" / "pystream-2.5m"
 CAPACITY, STRIDE = 256, 32  # of the repository's model
 CODE = "def add(first, second):\n    return first + second\n\n\n"
 
@@ -158,3 +160,15 @@ def test_langchain(demo: _Demo) -> None:
         assert langchain_chat.turn(model, history, CODE)
     usage: Any = history[-1]
     assert usage.usage_metadata["input_tokens"] > CAPACITY
+
+
+def test_batch(tmp_path: Path) -> None:
+    """Prompts far longer than the context are answered; the account says what was evicted."""
+    lines, answers = tmp_path / "batch.jsonl", tmp_path / "answers.jsonl"
+    prompts = [CODE * 40, CODE]
+    lines.write_text("\n".join(batch.requests(str(MODEL), prompts, max_tokens=8)) + "\n")
+    batch.run(str(MODEL), lines, answers, ["--enforce-eager"])
+
+    evicted = batch.evicted(answers)
+    assert evicted["0"] > CAPACITY
+    assert evicted["1"] == 0
