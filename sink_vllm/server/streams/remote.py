@@ -81,7 +81,7 @@ class RemoteStore:
             # A turn that is lost gives its stream back where it happens to be collected.
             threading.Thread(target=self.release, args=(stream,), daemon=True).start()
             return
-        stream.busy, stream.used = False, self.clock()
+        stream.busy, stream.progress, stream.used = False, None, self.clock()
         released = self._ask("release", stream)
         released.add_done_callback(log_failure)
         released.exception()  # waits

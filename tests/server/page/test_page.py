@@ -154,12 +154,12 @@ def test_a_stream_is_seen_to_evict_while_it_generates(page: Browser, api: httpx.
     """Its numbers and its bar move in the middle of a turn, and end where the API says."""
     stream_id = create(api)
     choose(page, stream_id)
-    goal = 1500
+    goal = 4000
     turn = threading.Thread(target=append, args=(api, stream_id, goal), kwargs={"text": "abc"})
     turn.start()
     seen: set[int] = set()
     try:
-        for _ in range(4):
+        for _ in range(3):
             before = max(seen, default=0)
             found = page.wait(
                 "(() => { const bar = document.querySelector('#cache').dataset;"

@@ -25,7 +25,7 @@ from sink_vllm.server.streams.interface import Numbers
 from sink_vllm.server.streams.owner import Owner
 from sink_vllm.server.streams.remote import RemoteStore
 from sink_vllm.server.streams.store import StreamStore
-from sink_vllm.server.streams.stored import Answered, StoredStream, Waiting
+from sink_vllm.server.streams.stored import Answered, Progress, StoredStream, Waiting
 
 SCHEDULE = Schedule(sink_tokens=4, window=92, stride=32)
 
@@ -130,6 +130,19 @@ class _Lost:
 
     def __del__(self) -> None:
         self.release()
+
+
+def test_a_turn_in_progress_is_seen_at_every_server(servers: list[RemoteStore]) -> None:
+    one, other = servers
+    stream = one.acquire(_create(one, tokens=3).id)
+
+    one.report(stream.id, Progress(9, 6, 0.5))
+    other.report(stream.id, Progress(1, 1, 0.1))  # it has not taken the stream
+
+    _eventually(lambda: other.get(stream.id).progress is not None)
+    assert other.get(stream.id).progress == Progress(9, 6, 0.5)
+    one.release(stream)
+    assert other.get(stream.id).progress is stream.progress is None
 
 
 def test_a_lost_turn_may_be_collected_anywhere(
