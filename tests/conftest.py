@@ -20,12 +20,14 @@ ENVIRONMENT = {
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+_support = Path(__file__).parent / "support"
+# For processes that are started: servers, workers, and vLLM's own look at a model class.
+_paths = [str(_support / "startup"), os.environ.get("PYTHONPATH", "")]
 if importlib.util.find_spec("torchvision") is None:
-    # Here, and in processes that are started: servers, and vLLM's own look at a model class.
-    _stand_ins = str(Path(__file__).parent / "support" / "stand_ins")
+    _stand_ins = str(_support / "stand_ins")
     sys.path.append(_stand_ins)
-    _paths = [os.environ.get("PYTHONPATH", ""), _stand_ins]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _paths))
+    _paths.append(_stand_ins)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _paths))
 
 from tests.support.tiny_models import TinyLlama, write_tiny_llama  # noqa: E402
 

@@ -47,7 +47,10 @@ export async function* append(id, body, signal) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      throw new Failure(0, "The connection has ended before the answer did.");
+    });
     if (done) return;
     const events = (rest + value).split("\n\n");
     rest = events.pop();

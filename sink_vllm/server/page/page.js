@@ -4,6 +4,8 @@ import * as api from "./api.js";
 const LOOK_EVERY = 1000; // ms; the stream on display more often while it generates
 const LOOK_CLOSELY_EVERY = 300;
 const LOOK_HIDDEN_EVERY = 10000;
+const SAY_EVERY = 50;
+const WORK_AT_MOST = 20; // ms on what arrives, before the browser has its turn
 const RATE_OVER = 3; // seconds
 const MOST_CHARACTERS = 20000; // of one text on display
 const MOST_TEXTS = 40;
@@ -268,31 +270,38 @@ async function lookClosely() {
 
 // -- appending ----------------------------------------------------------------------------------
 
-/** A text on display; returns what adds to it. */
+/** A text on display; returns what adds to it, at once or with what comes within `SAY_EVERY`: a
+ *  layout per token would leave the browser no time for anything else. */
 function say(id, who, text) {
   const part = document.createElement("article");
   part.className = who;
   const name = document.createElement("h4");
-  name.textContent = who === "you" ? "Appended" : "Generated";
+  const title = who === "you" ? "Appended" : "Generated";
+  name.textContent = title;
   const body = document.createElement("pre");
   const node = document.createTextNode("");
   body.append(node);
   part.append(name, body);
   const parts = saying.get(id) ?? [];
   saying.set(id, [...parts, part].slice(-MOST_TEXTS));
-  if (id === chosen) by("said").replaceChildren(...saying.get(id));
-  const add = (more) => {
-    const pane = by("said");
-    const atEnd = pane.scrollHeight - pane.scrollTop - pane.clientHeight < 40;
-    node.appendData(more);
+  const said = by("said");
+  if (id === chosen) said.replaceChildren(...saying.get(id));
+  let coming = text;
+  const display = () => {
+    const atEnd = said.scrollHeight - said.scrollTop - said.clientHeight < 40;
+    node.appendData(coming);
+    coming = "";
     if (node.length > MOST_CHARACTERS) {
       node.deleteData(0, node.length - MOST_CHARACTERS);
-      name.textContent = "Generated (its end)";
+      name.textContent = `${title} (its end)`;
     }
-    if (atEnd && id === chosen) pane.scrollTop = pane.scrollHeight;
+    if (atEnd && id === chosen) said.scrollTop = said.scrollHeight;
   };
-  add(text);
-  return add;
+  display();
+  return (more) => {
+    if (more && !coming) setTimeout(display, SAY_EVERY);
+    coming += more;
+  };
 }
 
 function asked() {
@@ -320,6 +329,7 @@ async function send() {
   const done = await attempt(async () => {
     try {
       let add = null;
+      let since = performance.now();
       for await (const event of api.append(id, body, stop.signal)) {
         if (!add) {
           if (content) say(id, "you", content);
@@ -330,6 +340,10 @@ async function send() {
         }
         if (event.object === "stream.delta") add(event.text);
         else tell(account(event));
+        if (performance.now() - since > WORK_AT_MOST) {
+          await new Promise((resume) => setTimeout(resume));
+          since = performance.now();
+        }
       }
     } catch (error) {
       if (error.name !== "AbortError") throw error;
