@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.support.paths import ROOT
 
 KUBERNETES = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 DOCKER = sorted((ROOT / "deploy" / "docker").glob("*.Dockerfile"))
+HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
 FIRST = pick_line(read_lines(), None)
 
 
@@ -163,10 +165,10 @@ def test_the_image_for_ray_has_the_extra() -> None:
     assert f'rayVersion: "{line}.' in service
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
 @pytest.mark.parametrize("file", DOCKER, ids=lambda file: file.name)
 def test_images_are_written_well(file: Any) -> None:
-    ran = subprocess.run(["hadolint", file], capture_output=True, text=True, check=False)
+    ran = subprocess.run([str(HADOLINT), file], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
 
 
