@@ -1,174 +1,35 @@
 // The page at /streams: looks at the server's streams again and again, and appends to one of them.
 import * as api from "./api.js";
+import * as drawing from "./draw.js";
+import { by, show } from "./elements.js";
+import { forgetSaid, say, showSaid } from "./said.js";
+import { drop as dropStream, observe, streams } from "./streams.js";
 
 const LOOK_EVERY = 1000; // ms; the stream on display more often while it generates
 const LOOK_CLOSELY_EVERY = 300;
 const LOOK_HIDDEN_EVERY = 10000;
-const SAY_EVERY = 50;
-const WORK_AT_MOST = 20; // ms on what arrives, before the browser has its turn
-const RATE_OVER = 3; // seconds
-const MOST_CHARACTERS = 20000; // of one text on display
-const MOST_TEXTS = 40;
+const WORK_AT_MOST = 20; // on what arrives, before the browser has its turn
 
-const by = (id) => document.getElementById(id);
-const number = new Intl.NumberFormat("en");
-const show = (count) => number.format(count);
-
-const streams = new Map(); // what the server said last, by id, in the order of the list
 const made = new Set(JSON.parse(sessionStorage.getItem("made") ?? "[]"));
-const rates = new Map(); // id: what was generated when, newest last
-const saying = new Map(); // id: the nodes of what was said
 const running = new Map(); // id: how to stop the turn that this page has begun
 let chosen = null;
 let listed = null; // whether the server lists its streams; null before it was asked
 
-// -- numbers ------------------------------------------------------------------------------------
-
-/** Position, evicted and cached as they are now, also in the middle of a turn. */
-const now = (stream) => stream.turn ?? stream;
-
-function observe(stream) {
-  streams.set(stream.id, stream);
-  const turn = stream.turn;
-  if (!turn) return void rates.delete(stream.id);
-  const seen = rates.get(stream.id) ?? [];
-  const last = seen.at(-1);
-  if (last && turn.generated_tokens < last.tokens) seen.length = 0; // another turn
-  if (!last || turn.seconds > last.seconds)
-    seen.push({ seconds: turn.seconds, tokens: turn.generated_tokens });
-  while (seen.length > 2 && turn.seconds - seen[1].seconds > RATE_OVER) seen.shift();
-  rates.set(stream.id, seen);
-}
-
-function rate(stream) {
-  if (!stream.busy) return "–";
-  const seen = rates.get(stream.id);
-  if (!seen?.length) return "computing";
-  const last = seen.at(-1);
-  const first = seen.length > 1 ? seen[0] : { seconds: 0, tokens: 0 };
-  const seconds = last.seconds - first.seconds;
-  return seconds > 0 ? show(Math.round((last.tokens - first.tokens) / seconds)) : "…";
-}
-
-// -- the list -----------------------------------------------------------------------------------
-
-const label = (stream) =>
-  stream.metadata.name ?? `${stream.id.slice(0, 13)}…${stream.id.slice(-4)}`;
-
-function row(id) {
-  const found = document.querySelector(`tr[data-id="${CSS.escape(id)}"]`);
-  if (found) return found;
-  const made = document.createElement("tr");
-  made.dataset.id = id;
-  const name = document.createElement("th");
-  name.scope = "row";
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "link";
-  button.title = id;
-  button.addEventListener("click", () => choose(id));
-  name.append(button);
-  made.append(name);
-  for (let i = 0; i < 4; i++) made.insertCell().className = "number";
-  return made;
-}
-
-/** Rows are changed in place, so that the focus stays where it is. */
-function drawList() {
-  const rows = [...streams.values()].map((stream) => {
-    const line = row(stream.id);
-    const { position, evicted, cached } = now(stream);
-    const button = line.querySelector("button");
-    button.textContent = label(stream);
-    button.setAttribute("aria-current", String(stream.id === chosen));
-    line.classList.toggle("chosen", stream.id === chosen);
-    line.classList.toggle("busy", stream.busy);
-    const texts = [show(position), show(evicted), show(cached), rate(stream)];
-    texts.forEach((text, i) => (line.cells[i + 1].textContent = text));
-    return line;
-  });
-  const body = by("rows");
-  const before = [...body.rows];
-  if (!rows.length) {
-    if (before.length === 1 && !before[0].dataset.id) return;
-    const none = document.createElement("tr");
-    const cell = none.insertCell();
-    cell.colSpan = 5;
-    cell.className = "hint";
-    cell.textContent = "None yet.";
-    return void body.replaceChildren(none);
-  }
-  // Moving a row takes the focus out of it: only if the order has changed.
-  if (rows.length !== before.length || rows.some((line, i) => line !== before[i])) {
-    const focused = document.activeElement;
-    body.replaceChildren(...rows);
-    if (rows.some((line) => line.contains(focused))) focused.focus({ preventScroll: true });
-  }
-}
-
-// -- one stream ---------------------------------------------------------------------------------
-
-const share = (id, tokens) => (by(id).style.flexGrow = String(Math.max(tokens, 0)));
-
-function drawStream() {
-  const stream = streams.get(chosen);
-  by("stream").hidden = !stream;
-  if (!stream) return;
-  const { position, evicted, cached } = now(stream);
-  const sinksKept = stream.sink_tokens ?? 0;
-  const stride = stream.sink_tokens === null ? 0 : stream.capacity - sinksKept - stream.sink_window;
-  const sinks = Math.min(sinksKept, cached);
-  // A token that was generated and is not computed yet counts as cached, and may be one too many.
-  const free = Math.max(stream.capacity - cached, 0);
-  by("stream-title").textContent = label(stream);
-  by("stream-title").title = stream.id;
-
-  share("bar-sinks", sinks);
-  share("bar-evicted", evicted ? stride : 0);
-  share("bar-window", cached - sinks);
-  share("bar-free", free);
-  const bar = by("cache");
-  // New marks when something was evicted since the last look at the same stream.
-  if (bar.dataset.id === stream.id && Number(bar.dataset.evicted) < evicted) flash(by("bar-evicted"));
-  Object.assign(bar.dataset, { id: stream.id, evicted, position });
-  const from = sinksKept + evicted - stride;
-  by("cache-text").textContent =
-    `The cache: ${show(sinks)} sink tokens, ${show(cached - sinks)} in the window, ` +
-    `${show(free)} of ${show(stream.capacity)} free. ` +
-    (evicted ? `Evicted last: tokens ${show(from)} to ${show(from + stride - 1)}.` : "Nothing is evicted yet.");
-
-  share("whole-sinks", sinks);
-  share("whole-evicted", evicted);
-  share("whole-cached", cached - sinks);
-  by("whole-text").textContent =
-    `The stream: ${show(position)} tokens, ${(position / stream.capacity).toFixed(1)} times what ` +
-    `is cached at most; ${show(evicted)} of them are evicted.`;
-
-  const mine = running.has(chosen);
-  by("send").disabled = stream.busy || mine;
-  by("forget").disabled = stream.busy || mine;
-  by("stop").disabled = !mine;
-}
-
-function flash(element) {
-  element.classList.remove("flash");
-  void element.offsetWidth; // so that the animation begins anew
-  element.classList.add("flash");
-}
-
 function choose(id) {
   if (id === chosen) return;
   chosen = id;
-  by("said").replaceChildren(...(saying.get(id) ?? []));
+  showSaid(id);
   by("turn").textContent = "";
   draw();
   by("stream-title").focus();
 }
 
 function draw() {
-  drawList();
+  drawing.drawList(chosen, choose);
   drawStream();
 }
+
+const drawStream = () => drawing.drawStream(chosen, running.has(chosen));
 
 // -- looking ------------------------------------------------------------------------------------
 
@@ -178,9 +39,8 @@ function remember(id) {
 }
 
 function drop(id) {
-  streams.delete(id);
-  rates.delete(id);
-  saying.delete(id);
+  dropStream(id);
+  forgetSaid(id);
   made.delete(id);
   sessionStorage.setItem("made", JSON.stringify([...made]));
   if (chosen === id) chosen = null;
@@ -269,40 +129,6 @@ async function lookClosely() {
 }
 
 // -- appending ----------------------------------------------------------------------------------
-
-/** A text on display; returns what adds to it, at once or with what comes within `SAY_EVERY`: a
- *  layout per token would leave the browser no time for anything else. */
-function say(id, who, text) {
-  const part = document.createElement("article");
-  part.className = who;
-  const name = document.createElement("h4");
-  const title = who === "you" ? "Appended" : "Generated";
-  name.textContent = title;
-  const body = document.createElement("pre");
-  const node = document.createTextNode("");
-  body.append(node);
-  part.append(name, body);
-  const parts = saying.get(id) ?? [];
-  saying.set(id, [...parts, part].slice(-MOST_TEXTS));
-  const said = by("said");
-  if (id === chosen) said.replaceChildren(...saying.get(id));
-  let coming = text;
-  const display = () => {
-    const atEnd = said.scrollHeight - said.scrollTop - said.clientHeight < 40;
-    node.appendData(coming);
-    coming = "";
-    if (node.length > MOST_CHARACTERS) {
-      node.deleteData(0, node.length - MOST_CHARACTERS);
-      name.textContent = `${title} (its end)`;
-    }
-    if (atEnd && id === chosen) said.scrollTop = said.scrollHeight;
-  };
-  display();
-  return (more) => {
-    if (more && !coming) setTimeout(display, SAY_EVERY);
-    coming += more;
-  };
-}
 
 function asked() {
   const content = by("content").value;

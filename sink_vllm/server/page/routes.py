@@ -20,11 +20,11 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+_SCRIPTS = ("page.js", "api.js", "draw.js", "elements.js", "said.js", "streams.js")
 _FILES = {
     "/streams": ("page.html", "text/html"),
     "/streams/page.css": ("page.css", "text/css"),
-    "/streams/page.js": ("page.js", "text/javascript"),
-    "/streams/api.js": ("api.js", "text/javascript"),
+    **{f"/streams/{name}": (name, "text/javascript") for name in _SCRIPTS},
 }
 
 

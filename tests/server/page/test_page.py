@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from examples.serving import Server
+from sink_vllm.server.page import routes
 from tests.support.browser import Browser
 from tests.support.serving import CAPACITY, SCHEDULE, prompt_of, tiny_server
 from tests.support.tiny_models import TinyLlama
@@ -100,11 +101,12 @@ def number(text: str) -> int:
 
 def test_the_files_are_sent_with_a_strict_policy(server: Server) -> None:
     """To everybody, with no style or script in the page itself; the API behind it wants the key."""
+    scripts = sorted(file.name for file in Path(routes.__file__).parent.glob("*.js"))
+    assert "page.js" in scripts
     for path, media_type in {
         "/streams": "text/html",
-        "/streams/page.js": "text/javascript",
-        "/streams/api.js": "text/javascript",
         "/streams/page.css": "text/css",
+        **{f"/streams/{name}": "text/javascript" for name in scripts},
     }.items():
         answer = httpx.get(f"{server.url}{path}")
         assert answer.status_code == 200
