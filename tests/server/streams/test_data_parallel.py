@@ -12,7 +12,8 @@ from tests.conftest import ModelFactory
 from tests.support.serving import CAPACITY, Client, prompt_of, tiny_server
 from tests.support.tiny_models import TinyLlama
 
-pytestmark = pytest.mark.server
+# Slow: two engines start one after the other.
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 ENGINES = 2
 GENERATE = {"temperature": 0, "ignore_eos": True, "max_tokens": 10}
@@ -83,7 +84,7 @@ def test_a_stream_stays_where_its_pages_are(server: Server) -> None:
 
 def test_a_header_sends_a_turn_elsewhere(server: Server) -> None:
     """There its pages are not, so it goes on from its survivors; and then from what is there."""
-    one = _call(server, "POST", "/v1/streams", json={})["id"]
+    one = _call(server, "POST", "/v1/streams", json={"cache_salt": "its own"})["id"]
     for turn in range(6):
         _turn(server, one, prompt_of(40, salt=5 + 2 * turn))
     other = {"X-data-parallel-rank": f"{1 - engine_of(one, ENGINES)}"}
