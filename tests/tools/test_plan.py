@@ -149,7 +149,8 @@ def test_a_split_model_equals_its_servers_line(tmp_path: Path) -> None:
     words += ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"]
     made = planned(folder, *words, kv_bytes=GIB)
 
-    with Server([str(folder), "--kv-policy", "sink", *words]) as server:
+    said = {"VLLM_LOGGING_LEVEL": "INFO"}
+    with Server([str(folder), "--kv-policy", "sink", *words], said) as server:
         server.wait(lambda _: None)
         (line,) = re.findall(r"StreamingLLM: sink tokens.*", server.log.read_text())
     assert made.start_up_line == line
