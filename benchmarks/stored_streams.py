@@ -61,6 +61,8 @@ class Filler:
         stream_id: str = self.api.json("/v1/streams", {})["id"]
         for begin in range(0, position, piece):
             self.append(stream_id, min(piece, position - begin), 0)
+            if begin // piece % 10 == 9:
+                print(f"{begin + piece:>12,} of {position:,} tokens", flush=True)
         return stream_id
 
     def append(self, stream_id: str, new: int, generated: int) -> dict[str, Any]:
