@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -83,8 +84,10 @@ def commit() -> str:
 
 
 def relative(value: Any) -> Any:
-    """Paths inside the repository without the machine's part."""
-    return str(value).replace(f"{ROOT}/", "") if isinstance(value, Path | str) else value
+    """Paths inside the repository, or in the folder for temporary files, without its part."""
+    if not isinstance(value, Path | str):
+        return value
+    return str(value).replace(f"{ROOT}/", "").replace(f"{tempfile.gettempdir()}/", "")
 
 
 def relative_words(words: Sequence[str]) -> list[str]:

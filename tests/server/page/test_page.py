@@ -95,10 +95,6 @@ def widths(browser: Browser) -> dict[str, float]:
     return found
 
 
-def number(text: str) -> int:
-    return int(text.replace(",", ""))
-
-
 def test_the_files_are_sent_with_a_strict_policy(server: Server) -> None:
     """To everybody, with no style or script in the page itself; the API behind it wants the key."""
     scripts = sorted(file.name for file in Path(routes.__file__).parent.glob("*.js"))
@@ -179,6 +175,7 @@ def test_a_stream_is_seen_to_evict_while_it_generates(page: Browser, api: httpx.
     """Its numbers and its bar move in the middle of a turn, and end where the API says."""
     stream_id = create(api)
     choose(page, stream_id)
+    evictions = "Number(document.querySelector('#cache').dataset.evicted)"
     seen = 0
     with generating(api, stream_id):
         for _ in range(4):
@@ -190,13 +187,16 @@ def test_a_stream_is_seen_to_evict_while_it_generates(page: Browser, api: httpx.
             assert seen == SCHEDULE.evicted(position - 1)
             assert position - seen <= CAPACITY + 1
         cells = row(page, stream_id)
+        assert api.get(f"/v1/streams/{stream_id}").json()["busy"], "seen only when it was over"
+        page.wait(f"{evictions} > {seen + SCHEDULE.stride}")
     assert re.fullmatch(r"[\d,]+|…|computing", cells[4]), cells
     page.wait(f"document.querySelector('tr[data-id=\"{stream_id}\"]').cells[4].innerText === '–'")
     stream = api.get(f"/v1/streams/{stream_id}").json()
     page.wait(f"document.querySelector('#cache').dataset.position === '{stream['position']}'")
 
     assert not stream["busy"]
-    assert stream["evicted"] >= seen
+    assert stream["position"] > position
+    assert seen < stream["evicted"]
     assert f"Evicted last: tokens {stream['evicted'] - 32 + 4:,}" in page.text("#cache-text")
     shares, cached = widths(page), stream["cached"]
     whole = CAPACITY + SCHEDULE.stride

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from examples.serving import Metrics, Server
+from examples.streams_client import StreamsClient
 from sink_vllm.server.streams.handler import engine_of
 from tests.conftest import ModelFactory
 from tests.support.serving import CAPACITY, Client, prompt_of, tiny_server
@@ -29,17 +29,13 @@ def server(tiny_llama: ModelFactory) -> Iterator[Server]:
         yield server
 
 
-def _call(server: Server, method: str, path: str, **body: Any) -> dict[str, Any]:
-    answer = httpx.request(method, server.url + path, timeout=300, **body)
-    assert answer.status_code in (200, 201), answer.text
-    parsed: dict[str, Any] = answer.json()
-    return parsed
-
-
 def _turn(server: Server, stream_id: str, tokens: list[int], **headers: str) -> dict[str, Any]:
     body = {"tokens": tokens, "generate": GENERATE, "return_token_ids": True}
     path = f"/v1/streams/{stream_id}/append"
-    return _call(server, "POST", path, json=body, headers=headers)
+    answer = Client(server).http.post(path, json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    parsed: dict[str, Any] = answer.json()
+    return parsed
 
 
 def _computed(server: Server) -> dict[str, float]:
@@ -54,9 +50,10 @@ def _computed(server: Server) -> dict[str, float]:
 
 def test_a_stream_stays_where_its_pages_are(server: Server) -> None:
     """Streams of both engines resume from the cache, through evictions, as one prompt would."""
-    ids = [_call(server, "POST", "/v1/streams", json={})["id"] for _ in range(6)]
+    streams = StreamsClient(server.url)
+    ids = [streams.create() for _ in range(6)]
     while len({engine_of(one, ENGINES) for one in ids}) < ENGINES:
-        ids.append(_call(server, "POST", "/v1/streams", json={})["id"])
+        ids.append(streams.create())
     before = _computed(server)
     texts: dict[str, list[int]] = {one: [] for one in ids}
     last: dict[str, list[int]] = {}
@@ -73,7 +70,7 @@ def test_a_stream_stays_where_its_pages_are(server: Server) -> None:
     assert all(after[engine] > before[engine] for engine in after), "one engine did nothing"
     client = Client(server)
     for one in ids:
-        info = _call(server, "GET", f"/v1/streams/{one}")
+        info = streams.get(one)
         assert info["evicted"] > 0
         assert info["position"] == len(texts[one]) > CAPACITY + 100
         (choice,) = client.complete(
@@ -84,7 +81,7 @@ def test_a_stream_stays_where_its_pages_are(server: Server) -> None:
 
 def test_a_header_sends_a_turn_elsewhere(server: Server) -> None:
     """There its pages are not, so it goes on from its survivors; and then from what is there."""
-    one = _call(server, "POST", "/v1/streams", json={"cache_salt": "its own"})["id"]
+    one = StreamsClient(server.url).create(cache_salt="its own")
     for turn in range(6):
         _turn(server, one, prompt_of(40, salt=5 + 2 * turn))
     other = {"X-data-parallel-rank": f"{1 - engine_of(one, ENGINES)}"}

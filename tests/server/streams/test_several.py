@@ -165,11 +165,8 @@ def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_Ap
     order: list[str] = []
 
     def ask(stream_id: str, **body: Any) -> None:
-        urgency = {"generate": {**GENERATE, "max_tokens": 3}, **body}
-        path = f"{server.url}/v1/streams/{stream_id}/append"
-        headers = {"Authorization": f"Bearer {KEY}"}
-        answer = httpx.post(path, json=urgency, headers=headers, timeout=300)
-        assert answer.status_code == 200, answer.text
+        one = StreamsClient(server.url, KEY)
+        one.append(stream_id, generate={**GENERATE, "max_tokens": 3}, **body)
         order.append(stream_id)
 
     with ExitStack() as stack:
