@@ -15,13 +15,18 @@ from typing import Any
 import openai
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
 
 def chat(url: str, key: str, options: dict[str, Any], **limits: Any) -> ChatOpenAI:
     """A model of LangChain for the first model that the server has."""
     model = openai.OpenAI(base_url=url, api_key=key).models.list().data[0].id
     return ChatOpenAI(
-        model=model, base_url=url, api_key=key, extra_body={"vllm_xargs": options}, **limits
+        model=model,
+        base_url=url,
+        api_key=SecretStr(key),
+        extra_body={"vllm_xargs": options},
+        **limits,
     )
 
 

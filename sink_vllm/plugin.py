@@ -9,6 +9,8 @@ vLLM it was not made for it does not even that: it warns, and refuses the policy
 import logging
 import os
 
+from wrapt import register_post_import_hook
+
 from sink_vllm.compat.versions import DISTRIBUTION, is_supported, supported_versions
 
 _WARNED = "SINK_VLLM_WARNED"
@@ -16,12 +18,13 @@ _WARNED = "SINK_VLLM_WARNED"
 
 
 def register() -> None:
-    """Apply the patches, register KV cache spec and models. Idempotent.
+    """See to the patches, register KV cache spec and models. Idempotent.
 
+    A patch is applied when its module is imported, which fails if the patched symbol is missing.
     Beside another vLLM: warn once, and see to it that the policy is refused.
 
     Raises:
-        RuntimeError: a patched symbol is missing.
+        RuntimeError: a symbol to patch is missing in a module that has been imported already.
     """
     # Inside the function: vLLM only logs what fails while it *imports* a plugin, and the
     # scheduler's tests import this package without vLLM's weight.
@@ -34,13 +37,14 @@ def register() -> None:
     from sink_vllm.compat.changes import start_up_patches
 
     for patch in start_up_patches():
-        patch.apply()
+        patch.apply_on_import()
 
     from sink_vllm import models
     from sink_vllm.engine import managers
 
     models.register()
-    managers.register()
+    # Not before: a process that inspects a model, for one, would load all that serves its pages.
+    register_post_import_hook(lambda _module: managers.register(), managers.OF_VLLM)
 
 
 def _stand_aside(found: str) -> None:

@@ -5,6 +5,6 @@ FROM vllm/vllm-openai:v0.32.0
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY sink_vllm sink_vllm
-# Without dependencies: vLLM and torch are those of the image.
-RUN pip install --no-cache-dir --no-deps . && rm -rf /src
+# Without extras: vLLM and torch are those of the image.
+RUN pip install --no-cache-dir . && rm -rf /src
 WORKDIR /

@@ -157,7 +157,7 @@ OBJECT_CHANGES = (
 
 
 def start_up_patches() -> tuple[Patch, ...]:
-    """What every process applies, in this order. Imports no vLLM."""
+    """What every process applies, those of one module in this order. Imports no vLLM."""
     return _patches_of(PATCHING_MODULES)
 
 

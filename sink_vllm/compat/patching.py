@@ -2,13 +2,16 @@
 
 A patch is a declared object: what it replaces, the function that makes the replacement from the
 original, and the record in ``patches/`` that says why there is no better way. Declaring one costs
-nothing; targets are resolved when the patch is applied, so declarations import no vLLM.
+nothing; targets are resolved when the patch is applied, so declarations import no vLLM. A process
+applies a patch when it imports the target's module, and never loads one for the patch's sake:
+workers do not need API servers' modules, which would cost every start half a second.
 
 Invariants (pinned by tests/compat/test_patching.py):
 
 - applying the same patch twice changes nothing the second time;
 - two patches of ours on one attribute are an error that names both;
-- a target that is missing is an error, never a skip: vLLM has renamed it;
+- a target that is missing is an error, never a skip: vLLM has renamed it. The import of its module
+  fails with it;
 - ``revert()`` leaves the owner exactly as it was found.
 """
 
@@ -19,6 +22,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from wrapt import register_post_import_hook
 
 _BOOK = "_sink_vllm_patches"  # in the owner's own __dict__, so that subclasses are not confused
 
@@ -38,7 +43,16 @@ class Patch:
     record: str
     """File name in ``patches/``, without ``.md``."""
     formerly: str | None = None
-    """The target on an older vLLM line, which does not have ``target``."""
+    """The target on an older vLLM line, which does not have ``target``; in the same module."""
+
+    def __post_init__(self) -> None:
+        if self.formerly is not None and _module_of(self.formerly) != self.module:
+            raise ValueError(f"{self.target} and {self.formerly} are in different modules")
+
+    @property
+    def module(self) -> str:
+        """Name of the module that has the target."""
+        return _module_of(self.target)
 
     @property
     def is_applied(self) -> bool:
@@ -68,6 +82,13 @@ class Patch:
         was_own = name in vars(owner)
         setattr(owner, name, replacement)
         setattr(owner, _BOOK, {**book, name: _Applied(self, stored, replacement, was_own)})
+
+    def apply_on_import(self) -> None:
+        """Apply as soon as this process has imported the target's module; at once if it has.
+
+        What :meth:`apply` raises comes out of that import.
+        """
+        register_post_import_hook(lambda _module: self.apply(), self.module)
 
     def revert(self) -> None:
         """Put the original back; does nothing if this patch is not applied (for tests).
@@ -104,10 +125,9 @@ class Patch:
         return self._find(self.target)
 
     def _find(self, target: str) -> tuple[Any, str]:
-        module_name, _, path = target.partition(":")
-        *outer, name = path.split(".")
+        *outer, name = target.partition(":")[2].split(".")
         try:
-            owner = importlib.import_module(module_name)
+            owner = importlib.import_module(_module_of(target))
             for part in outer:
                 owner = getattr(owner, part)
             inspect.getattr_static(owner, name)
@@ -118,6 +138,10 @@ class Patch:
                 "and install a vLLM version that this sink_vllm supports."
             ) from error
         return owner, name
+
+
+def _module_of(target: str) -> str:
+    return target.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
 """The patch mechanism, on classes made for the purpose."""
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -159,3 +161,57 @@ def test_missing_target_is_an_error_that_says_where_to_look(target: Any, path: s
 
     with pytest.raises(RuntimeError, match=r"does not have .*patches/0001-test\.md"):
         missing.apply()
+
+
+FILE = "sink_vllm_patched_on_import"
+
+
+@pytest.fixture
+def module_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a module that can be imported, and has not been."""
+    (tmp_path / f"{FILE}.py").write_text("def function():\n    return 'function'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, FILE, raising=False)
+    return FILE
+
+
+def test_on_import_a_module_is_patched_before_anybody_sees_it(module_of_a_file: str) -> None:
+    patch = Patch(target=f"{module_of_a_file}:function", wrapper=loud, record="0001-test")
+
+    patch.apply_on_import()
+    patch.apply_on_import()  # of two calls the second changes nothing
+
+    assert module_of_a_file not in sys.modules
+    imported = importlib.import_module(module_of_a_file)
+    assert imported.function() == "FUNCTION"
+    assert patch.is_applied
+    before = imported.function
+    patch.apply_on_import()  # now the module is there
+    assert imported.function is before
+
+
+def test_on_import_a_missing_target_fails_the_import(module_of_a_file: str) -> None:
+    missing = Patch(target=f"{module_of_a_file}:renamed", wrapper=loud, record="0001-test")
+
+    missing.apply_on_import()
+
+    with pytest.raises(RuntimeError, match=r"does not have .*patches/0001-test\.md"):
+        importlib.import_module(module_of_a_file)
+    assert module_of_a_file not in sys.modules
+
+
+def test_on_import_patches_of_one_module_are_applied_in_their_order(module_of_a_file: str) -> None:
+    first, second = (
+        Patch(target=f"{module_of_a_file}:function", wrapper=loud, record=record)
+        for record in ("0001-first", "0002-second")
+    )
+    first.apply_on_import()
+    second.apply_on_import()
+
+    with pytest.raises(RuntimeError, match=r"'0002-second' wants .*'0001-first'"):
+        importlib.import_module(module_of_a_file)
+
+
+def test_names_of_two_lines_are_in_one_module() -> None:
+    with pytest.raises(ValueError, match=r"a:one and b:one are in different modules"):
+        Patch(target="a:one", formerly="b:one", wrapper=loud, record="0001-test")

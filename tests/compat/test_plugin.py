@@ -86,6 +86,38 @@ def test_vllm_loads_the_plugin_by_itself() -> None:
 
 
 @pytest.mark.server
+def test_a_process_loads_no_module_of_vllm_to_patch_it() -> None:
+    """A process that inspects a model needs no API server; one that imports it gets it patched."""
+    _python(
+        """
+import sys
+from vllm.plugins import load_general_plugins
+from vllm.model_executor.models import registry  # what that process runs
+
+from sink_vllm.compat.changes import start_up_patches
+from sink_vllm.engine import managers
+
+patches, before = start_up_patches(), set(sys.modules)
+load_general_plugins()
+assert registry.ModelRegistry.models["MPTForCausalLM"], "the plugin was not loaded"
+late = {patch.module for patch in patches} - before
+late.add(managers.OF_VLLM)
+assert {"vllm.v1.engine.async_llm", "vllm.v1.engine.core", managers.OF_VLLM} <= late, late
+assert not late & set(sys.modules), late & set(sys.modules)
+
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from sink_vllm.compat.spec import StreamingLLMSpec
+from sink_vllm.engine.managers.streaming import StreamingLLMManager
+
+assert "sink_vllm" in AsyncLLM.__init__.__globals__["__name__"]
+spec = StreamingLLMSpec.__new__(StreamingLLMSpec)
+assert KVCacheSpecRegistry.get_manager_class(spec) is StreamingLLMManager
+"""
+    )
+
+
+@pytest.mark.server
 def test_unpickling_options_loads_the_plugin() -> None:
     """For processes that get a finished configuration and never load plugins themselves."""
     from sink_vllm.compat.shipping import ShippedConfig

@@ -14,9 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from langchain_core.messages import BaseMessage, SystemMessage
 from openai.types.chat import ChatCompletionMessageParam
 
-from examples import agent, batch, endless_chat, transcription
+from examples import agent, batch, endless_chat, langchain_chat, transcription
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.server
@@ -147,11 +148,6 @@ def test_transcription(http: httpx.Client) -> None:
 
 def test_langchain(demo: _Demo) -> None:
     """Its history grows past the capacity, and it neither cuts nor refuses it."""
-    pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
-    from langchain_core.messages import BaseMessage, SystemMessage
-
-    from examples import langchain_chat
-
     model = langchain_chat.chat(
         f"{demo.url}/v1", demo.key, {"sink_pin": "system"}, max_completion_tokens=20
     )

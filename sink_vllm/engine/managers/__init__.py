@@ -1,5 +1,9 @@
 """Block managers: one per kind of page table, registered with vLLM (every process)."""
 
+OF_VLLM = "vllm.v1.core.single_type_kv_cache_manager"
+"""The module of vLLM's own managers. vLLM's registry imports it before it answers a question, so
+whoever needs ours needs it, too."""
+
 
 def register() -> None:
     """Tell vLLM which manager serves which KV cache spec. Idempotent.
