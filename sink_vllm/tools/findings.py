@@ -111,16 +111,17 @@ def _runs_here() -> Iterator[Finding]:
 def _model(model: str, words: Sequence[str]) -> Iterator[Finding]:
     from sink_vllm.gate.facts import facts_of
     from sink_vllm.gate.refusals import REFUSALS
+    from sink_vllm.gate.refused import Refused
     from sink_vllm.policy.config import SinkConfig
     from sink_vllm.server.block_size import backends_of
-    from sink_vllm.tools.planning import engine_args
+    from sink_vllm.tools.planning import configuration, engine_args
 
     try:
         asked = engine_args(model, words)
         # Without the policy: the server would stop at the first reason, here all are wanted.
-        plain = replace(asked, additional_config={}).create_engine_config()
-    except Exception as error:  # noqa: BLE001 (whatever vLLM raises for a model it does not know)
-        yield Finding("model", f"vLLM itself refuses it: {_first_line(error)}", True)
+        plain = configuration(replace(asked, additional_config={}))
+    except Refused as refused:
+        yield Finding("model", str(refused), True)
         return
     yield Finding("model", f"{plain.model_config.architecture}, {plain.model_config.dtype}")
     facts = facts_of(plain)
@@ -138,8 +139,3 @@ def _model(model: str, words: Sequence[str]) -> Iterator[Finding]:
             yield Finding("--kv-policy sink", f"accepted, capacity {config.capacity} tokens")
     for reason in reasons:
         yield Finding("--kv-policy sink", reason, True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__

@@ -1,9 +1,11 @@
 """``sink-vllm plan``: the numbers of a server that has not been started."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
@@ -11,6 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from sink_vllm.engine.sizing import Sizing
 from sink_vllm.gate.lengths import own_bound_of
+from sink_vllm.gate.refused import Refused
 from sink_vllm.policy.schedule import cdiv
 from sink_vllm.tools.specs import outline_of, sizing_of
 
@@ -107,13 +110,46 @@ class Plan:
 
 
 def engine_args(model: str, words: Sequence[str]) -> EngineArgs:
-    """What ``vllm serve MODEL --kv-policy sink`` and ``words`` would start with."""
+    """What ``vllm serve MODEL --kv-policy sink`` and ``words`` would start with.
+
+    Raises:
+        Refused: vLLM does not find the model.
+    """
     load_general_plugins()
     parser = FlexibleArgumentParser(prog="sink-vllm")
     EngineArgs.add_cli_args(parser)
     # A configuration is enough, without a tokenizer.
     named = ["--model", model, "--kv-policy", "sink", "--skip-tokenizer-init"]
-    return EngineArgs.from_cli_args(parser.parse_args([*named, *words]))
+    given = parser.parse_args([*named, *words])
+    with _as_a_sentence(model):
+        return EngineArgs.from_cli_args(given)
+
+
+def configuration(engine_args: EngineArgs) -> VllmConfig:
+    """What vLLM makes of ``engine_args``.
+
+    Raises:
+        Refused: by us, or by vLLM.
+    """
+    with _as_a_sentence(engine_args.model):
+        return engine_args.create_engine_config()
+
+
+@contextmanager
+def _as_a_sentence(model: str) -> Iterator[None]:
+    """What vLLM raises inside, for a model it does not know or cannot find, is a refusal.
+
+    Raises:
+        Refused: with the beginning of what vLLM says, which may be many lines.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[:3]) or type(error).__name__
+        raise Refused(f"vLLM itself refuses {model}: {said}") from error
 
 
 def plan(
@@ -132,10 +168,10 @@ def plan(
         wanted: streams that are to fit.
 
     Raises:
-        Refused: the model is, or not even one stream fits.
+        Refused: the model is, by vLLM or by us, or not even one stream fits.
     """
     stages = [deepcopy(engine_args) for _ in range(engine_args.pipeline_parallel_size)]
-    configs = [one.create_engine_config() for one in stages]
+    configs = [configuration(one) for one in stages]
     outlines = [outline_of(config, stage) for stage, config in enumerate(configs)]
     vllm_config = configs[0]
     weight_bytes = max(one.weight_bytes for one in outlines)

@@ -128,6 +128,28 @@ def test_what_is_refused_ends_with_its_sentence(
     assert f"sink-vllm plan: error: {sentence}" in capsys.readouterr().err
 
 
+def test_a_model_that_vllm_does_not_know_ends_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuch"]}')
+
+    assert main(["plan", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"sink-vllm plan: error: vLLM itself refuses {tmp_path}: " in said
+    assert "NoSuch" in said
+    assert "Traceback" not in said
+
+
+def test_a_model_that_is_nowhere_ends_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    assert main(["plan", "no-such/model"]) == 1
+    said = capsys.readouterr().err
+    assert "sink-vllm plan: error: vLLM itself refuses no-such/model: " in said
+
+
 def test_arithmetic_of_a_split_model(long_model: Path) -> None:
     """By hand: one of two heads and one of two layers, so a quarter of 128 KiB per page."""
     words = ("--dtype", "float16", "--tensor-parallel-size", "2", "--pipeline-parallel-size", "2")
