@@ -26,6 +26,8 @@ TOKEN = 5  # an ordinary word
 class SchedulerOnly(Engine):
     """Streams in lockstep on the scheduler of an engine whose model never runs."""
 
+    clock = staticmethod(time.perf_counter)
+
     def __init__(self, setup: Setup, *, sink: bool) -> None:
         super().__init__(setup, sink=sink)
         core = self._engine.engine_core.engine_core  # type: ignore[attr-defined]
@@ -37,18 +39,18 @@ class SchedulerOnly(Engine):
 
         seconds, made = 0.0, 0
         while made == 0:
-            began = time.perf_counter()
+            began = self.clock()
             planned = self._scheduler.schedule()
-            seconds += time.perf_counter() - began
+            seconds += self.clock() - began
             ids = list(planned.num_scheduled_tokens)
             answer = ModelRunnerOutput(
                 req_ids=ids,
                 req_id_to_index={req_id: index for index, req_id in enumerate(ids)},
                 sampled_token_ids=[[TOKEN] for _ in ids],
             )
-            began = time.perf_counter()
+            began = self.clock()
             told = self._scheduler.update_from_output(planned, answer)
-            seconds += time.perf_counter() - began
+            seconds += self.clock() - began
             outputs = [output for one in told.values() for output in one.outputs]
             made = sum(len(output.new_token_ids) for output in outputs)
         if made != self._streams:

@@ -35,6 +35,8 @@ class Setup:
     dtype: str = "bfloat16"
     prefix_caching: bool = True
     """Of both arms."""
+    context: int | None = None
+    """Length the model is said to be trained for (``max_position_embeddings``)."""
 
     @property
     def schedule(self) -> Schedule:
@@ -54,6 +56,8 @@ class Setup:
             "disable_log_stats": True,
             "seed": 0,
         }
+        if self.context is not None:
+            arguments["hf_overrides"] = {"max_position_embeddings": self.context}
         if not self.prefix_caching:
             arguments["enable_prefix_caching"] = False
         if sink:
@@ -224,19 +228,24 @@ class ArmProcess:
         return self._process.pid
 
     def start(self, streams: int) -> None:
-        self._ask("start", streams)
+        self.ask("start", streams)
 
     def advance(self, tokens: int) -> None:
         """Let every stream make ``tokens`` more tokens; nothing of it is measured."""
-        self._ask("advance_untimed", tokens)
+        self.ask("advance_untimed", tokens)
 
     def round(self) -> list[Step]:
-        return list(self._ask("round"))
+        return list(self.ask("round"))
 
     def finish(self) -> None:
-        self._ask("finish")
+        self.ask("finish")
 
-    def _ask(self, what: str, *arguments: Any) -> Any:
+    def ask(self, what: str, *arguments: Any) -> Any:
+        """What the method of that name returns in the arm's process.
+
+        Raises:
+            ArmError: the arm has died, or what it was asked for is not what it does.
+        """
         self._pipe.send((what, *arguments))
         return self._answer()
 
