@@ -137,8 +137,9 @@ def check_wheel(wheel: Path, project: dict[str, Any], tracked: list[str]) -> str
     if extras != set(project["optional-dependencies"]):
         raise NotReady(f"{wheel.name} has the extras {', '.join(sorted(extras))}.")
     wanted = said.get_all("Requires-Dist") or []
-    if always := [one for one in wanted if "extra ==" not in one]:
-        raise NotReady(f"{wheel.name} brings {always[0]} without an extra.")
+    always = {one for one in wanted if "extra ==" not in one}
+    if wrong := always ^ set(project["dependencies"]):
+        raise NotReady(f"{wheel.name} brings or lacks {min(wrong)} without an extra.")
     for group in ("console_scripts", *(g for g in project["entry-points"])):
         if f"[{group}]" not in points:
             raise NotReady(f"{wheel.name} has no entry point of the group {group}.")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Self
 
 import openai
 import psutil
@@ -108,7 +109,7 @@ class Server:
         self.log = Path(self._log.name)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         # A session of its own: Ctrl-C reaches only us, and the group can be ended as a whole.
         self._process = subprocess.Popen(
             self.command,

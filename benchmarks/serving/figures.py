@@ -24,6 +24,9 @@ COLOURS = {
     "full": "#b2182b",
     "truncate": "#1b7837",
     "recompute": "#999999",
+    "llama-cpp": "#e08214",
+    "llama-cpp-float32": "#fdb863",
+    "llama-cpp-stride": "#7f3b08",
     "transformers-recompute": "#4d4d4d",
     "transformers-sink": "#92c5de",
 }

@@ -27,6 +27,44 @@ class LoadError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a server is asked for greedy tokens behind token ids, and how it says them."""
+
+    path: str
+    options: dict[str, Any]
+    """Beside prompt and number of tokens."""
+    most: str
+    """The option for the number of tokens."""
+    mark: bytes
+    """Stands once in every event that brings tokens."""
+
+    def body(self, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+        return {**self.options, "prompt": list(prompt), self.most: tokens}
+
+    @staticmethod
+    def ids(event: dict[str, Any]) -> list[int]:
+        """Token ids of an event."""
+        if "choices" not in event:
+            return list(event.get("tokens") or [])
+        return [token for choice in event["choices"] for token in choice.get("token_ids") or []]
+
+
+OPENAI = Dialect(
+    path="/v1/completions",
+    options={
+        "model": MODEL_NAME,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+        "stream_options": {"include_usage": True},
+    },
+    most="max_tokens",
+    mark=b'"token_ids":[',
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
     """What an application does about the length of its streams.
 
@@ -36,6 +74,7 @@ class Client:
 
     keep: int | None = None
     chunk: int | None = None
+    dialect: Dialect = OPENAI
 
 
 @dataclass(slots=True)
@@ -88,6 +127,7 @@ async def complete(
     log: Log,
     limit: Limit,
     arrived: Callable[[int], None],
+    dialect: Dialect = OPENAI,
 ) -> tuple[list[int], dict[str, Any]]:
     """One streamed completion; its tokens go into ``log``; token ids and usage come back.
 
@@ -96,24 +136,15 @@ async def complete(
     Raises:
         LoadError: the server refused it or broke off.
     """
-    body = {
-        "model": MODEL_NAME,
-        "prompt": list(prompt),
-        "max_tokens": tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-        "stream_options": {"include_usage": True},
-    }
     pieces: list[tuple[float, bytes]] = []
     first, over = not log.arrivals, False
-    async with http.post(f"{url}/v1/completions", json=body) as answer:
+    body = dialect.body(prompt, tokens)
+    async with http.post(f"{url}{dialect.path}", json=body) as answer:
         if answer.status != 200:
             raise LoadError(f"HTTP {answer.status}: {(await answer.text())[:500]}")
         async for data in answer.content.iter_any():
             pieces.append((time.perf_counter(), data))
-            if count := data.count(b'"token_ids":['):
+            if count := data.count(dialect.mark):
                 arrived(count)
                 if first:
                     limit.begun()
@@ -139,10 +170,9 @@ def parse(
             if "error" in content:
                 raise LoadError(f"the server broke off: {content['error']}")
             usage = content.get("usage") or usage
-            for choice in content["choices"]:
-                new = choice.get("token_ids") or []
-                ids += new
-                log.arrivals += [when] * len(new)
+            new = Dialect.ids(content)
+            ids += new
+            log.arrivals += [when] * len(new)
     if not broken_off and len(ids) != expected:
         raise LoadError(f"{len(ids)} tokens arrived where {expected} were asked for")
     return ids, usage
@@ -166,7 +196,7 @@ async def stream(
             log.restarts.append(len(log.arrivals))
         sent = history if client.keep is None else history[-client.keep :]
         chunk = missing if client.chunk is None else min(client.chunk, missing)
-        new, _ = await complete(http, url, sent, chunk, log, limit, arrived)
+        new, _ = await complete(http, url, sent, chunk, log, limit, arrived, client.dialect)
         history += new
         if client.keep is not None:
             history = history[-client.keep :]

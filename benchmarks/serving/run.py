@@ -10,6 +10,7 @@ from the rows alone.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.common import MODEL, RESULTS, default_name
+from benchmarks.peers import llama_cpp
 from benchmarks.quality.isolate import WorkError
 from benchmarks.quality.store import Store, StoreError
 from benchmarks.serving import figures, runs, tables
@@ -106,8 +108,19 @@ def run(
 def warm_up(scenario: Scenario, arms: Mapping[str, Arm], servers: Mapping[str, Server]) -> None:
     """A short run of one stream on every server."""
     for name, server in servers.items():
-        arm = next(a for a in arms.values() if a.server is not None and a.server.name == name)
+        arm = next(arm for arm in arms.values() if arm.server_name == name)
         runs.warm_up(server, arm, scenario)
+
+
+def without_missing(scenario: Scenario, arms: Mapping[str, Arm]) -> Scenario:
+    """The scenario without arms whose engine is not installed; each is named."""
+    why = llama_cpp.missing()
+    left_out = [name for name in scenario.arms if arms[name].llama is not None and why is not None]
+    for name in left_out:
+        print(f"{scenario.name}: {name} is left out: {why}", flush=True)
+    return dataclasses.replace(
+        scenario, arms=tuple(name for name in scenario.arms if name not in left_out)
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +143,7 @@ def main() -> int:
         scenarios = load_scenarios(options.set, arms)
         if options.scenarios:
             scenarios = [one for one in scenarios if one.name in options.scenarios]
+        scenarios = [without_missing(one, arms) for one in scenarios]
         folder: Path = RESULTS / (options.name or default_name("bench"))
         run(
             Store(folder, {**vars(options), "model": MODEL}),

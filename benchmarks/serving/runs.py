@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.common import MODEL
+from benchmarks.peers import llama_cpp, models
+from benchmarks.peers.llama_cpp import LlamaServer
 from benchmarks.quality.isolate import isolated
 from benchmarks.serving import bench_serve, load, peers
 from benchmarks.serving.arrivals import Log, percentile, spread, summary
@@ -25,6 +26,8 @@ Row = dict[str, Any]
 def client_of(arm: Arm, scenario: Scenario) -> Client:
     """Truncating leaves what the policy keeps at least, and generates until the context is full."""
     schedule = scenario.schedule
+    if arm.llama is not None:
+        return Client(dialect=llama_cpp.dialect(arm.llama, scenario))
     if arm.client == "truncate":
         return Client(keep=schedule.capacity - schedule.stride, chunk=schedule.stride)
     if arm.client == "recompute":
@@ -48,8 +51,8 @@ def endless(
 ) -> Row:
     """Streams without end, cut off after ``tokens`` tokens or ``seconds`` seconds."""
     prompts = prompts_of(scenario, streams, repetition)
-    assert arm.server is not None
-    server = servers[arm.server.name]
+    assert arm.server_name is not None
+    server = servers[arm.server_name]
     with (
         bar(streams * scenario.tokens, f"{scenario.name} {arm.name} x{streams}") as shown,
         Watch(server) as watch,
@@ -64,9 +67,13 @@ def endless(
                 shown,
             )
         )
-    if arm.server.plugin:
+    row = {**row_of(logs, scenario, arm), **watch.row(_tokens(logs))}
+    if isinstance(server, LlamaServer):
+        long = words(8 * scenario.schedule.capacity, scenario.name, "long")
+        return {**row, "computed_per_token": None, "long_prompt": server.answer_to(long)}
+    if arm.server is not None and arm.server.plugin:
         check_evictions(logs, scenario, watch.grown["evictions"])
-    return {**row_of(logs, scenario, arm), **watch.row(_tokens(logs)), **pages_over_time(watch)}
+    return {**row, **pages_over_time(watch)}
 
 
 def check_evictions(logs: Sequence[Log], scenario: Scenario, made: float) -> None:
@@ -91,7 +98,7 @@ def transformers(arm: Arm, scenario: Scenario, dtype: str, streams: int, repetit
     results = isolated(
         peers.run,
         arm.transformers,
-        str(MODEL),
+        str(models.checkpoint(scenario.model)),
         dtype,
         scenario.sinks,
         capacity,
@@ -296,10 +303,12 @@ async def _ordinary(http: Any, url: str, prompt: Sequence[int], tokens: int, arr
 
 
 def warm_up(server: Server, arm: Arm, scenario: Scenario) -> None:
-    """A few tokens behind a prompt of the scenario; the policy's server evicts twice."""
+    """A few tokens behind a prompt of the scenario; a server that evicts does so twice."""
     schedule = scenario.schedule
-    evicts = arm.server is not None and arm.server.plugin
-    length = schedule.capacity if evicts else min(scenario.prompt, schedule.capacity - 8)
+    evicts = arm.llama is not None or (arm.server is not None and arm.server.plugin)
+    length = schedule.capacity - 1 if evicts else min(scenario.prompt, schedule.capacity - 8)
     tokens = 2 * schedule.stride if evicts else 8
     prompt = words(length, scenario.name, "warm-up")
-    asyncio.run(load.streams(server.url, Client(), [prompt], tokens, 0.0, lambda _: None))
+    # An arm whose client truncates shares its server with one that does not.
+    client = Client(dialect=client_of(arm, scenario).dialect)
+    asyncio.run(load.streams(server.url, client, [prompt], tokens, 0.0, lambda _: None))

@@ -1,13 +1,15 @@
-"""`vllm serve` for the arms of a scenario, all up at the same time so that they can take turns.
+"""Servers for the arms of a scenario, all up at the same time so that they can take turns.
 
 An idle server takes no processor time: its processes wait for messages.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from benchmarks.common import MODEL
+from benchmarks.peers import models
+from benchmarks.peers.llama_cpp import LlamaServer
 from benchmarks.serving.load import MODEL_NAME
 from benchmarks.serving.spec import BLOCK, Arm, Scenario, ServerSpec
 from examples.serving import Server
@@ -29,21 +31,30 @@ def arguments(spec: ServerSpec, scenario: Scenario, dtype: str) -> list[str]:
     shared += ["--max-num-seqs", str(max(scenario.streams) + (16 if scenario.rate else 0))]
     shared += ["--hf-overrides", overrides, "--seed", "0"]
     shared += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
-    return [str(MODEL), *shared, *own]
+    return [str(models.checkpoint(scenario.model)), *shared, *own]
+
+
+def servers_of(
+    scenario: Scenario, arms: Mapping[str, Arm], dtype: str
+) -> Iterator[tuple[str, Server]]:
+    """A server of each kind that the scenario's arms need, by its name; none is up yet."""
+    named = {name: arms[arm] for arm in scenario.arms if (name := arms[arm].server_name)}
+    for name, arm in named.items():
+        if arm.llama is not None:
+            threads = len(os.sched_getaffinity(0))
+            yield name, LlamaServer(arm.llama, scenario, models.gguf(scenario.model), threads)
+        elif (spec := arm.server) is not None:
+            environment = {"VLLM_PLUGINS": "sink_vllm" if spec.plugin else ""}
+            yield name, Server(arguments(spec, scenario, dtype), environment)
 
 
 @contextmanager
 def running(scenario: Scenario, arms: Mapping[str, Arm], dtype: str) -> Iterator[dict[str, Server]]:
     """The servers of ``scenario``'s arms, by the name of the kind of server."""
-    specs = {spec.name: spec for name in scenario.arms if (spec := arms[name].server) is not None}
     with ExitStack() as stack:
         servers = {}
-        for name, spec in specs.items():
-            # One after the other: starting takes all cores.
-            server = Server(
-                arguments(spec, scenario, dtype),
-                {"VLLM_PLUGINS": "sink_vllm" if spec.plugin else ""},
-            )
+        # One after the other: starting takes all cores.
+        for name, server in servers_of(scenario, arms, dtype):
             servers[name] = stack.enter_context(server)
             server.wait(lambda _seconds: None)
         yield servers

@@ -1,7 +1,7 @@
 """Arms and scenarios as data: `arms.json` and `scenarios.json`, parsed and checked (no vLLM).
 
-An arm is a way to serve streams: a kind of server with a kind of client, or a peer in plain
-transformers. A scenario is a load with the sizes all of its arms share.
+An arm is a way to serve streams: a kind of server with a kind of client, llama.cpp's server, or a
+peer in plain transformers. A scenario is a load with the sizes all of its arms share.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ BLOCK = 32
 CLIENTS = ("endless", "truncate", "recompute")
 KINDS = ("endless", "prompts", "conversations", "mixed")
 PEERS = ("streaming", "recompute")
+DISCARDS = ("half", "stride")
 
 
 class SpecError(Exception):
@@ -35,6 +36,16 @@ class ServerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LlamaSpec:
+    """A way to start llama.cpp's server (``benchmarks/peers``)."""
+
+    cache_type: str
+    flash_attention: str
+    discard: str
+    """What a full slot gives up: ``half`` of it, llama.cpp's default, or a ``stride`` of ours."""
+
+
+@dataclass(frozen=True, slots=True)
 class Arm:
     """Who serves the streams, and what the client does when the context is full."""
 
@@ -44,6 +55,15 @@ class Arm:
     client: str = "endless"
     transformers: str | None = None
     """Peer in plain transformers, instead of a server."""
+    llama: LlamaSpec | None = None
+    """llama.cpp's server, instead of vLLM's."""
+
+    @property
+    def server_name(self) -> str | None:
+        """The server that it needs, by the name it has among those that are up."""
+        if self.llama is not None:
+            return self.name
+        return None if self.server is None else self.server.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +94,8 @@ class Scenario:
     """Short requests per second."""
     short_prompt: int = 0
     short_tokens: int = 0
+    model: str = "repository"
+    """The repository's model, or one of ``benchmarks/peers/models.py``."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -138,6 +160,12 @@ def _arm(name: str, entry: Mapping[str, Any], servers: Mapping[str, ServerSpec])
         if peer not in PEERS:
             raise SpecError(f"arm {name}: transformers={peer!r} is none of {', '.join(PEERS)}")
         return Arm(name, entry["label"], transformers=peer)
+    if (llama := entry.get("llama")) is not None:
+        if llama["discard"] not in DISCARDS:
+            raise SpecError(
+                f"arm {name}: discard={llama['discard']!r} is none of {', '.join(DISCARDS)}"
+            )
+        return Arm(name, entry["label"], llama=LlamaSpec(**llama))
     if entry["server"] not in servers:
         raise SpecError(f"arm {name}: server={entry['server']!r} is none of {', '.join(servers)}")
     if entry["client"] not in CLIENTS:

@@ -97,7 +97,8 @@ def tracked() -> list[str]:
         ({}, "tests/test_a.py", "has, and git has not, tests/test_a.py"),
         ({"\nVersion: ": "\nVersion: 7."}, "", "is version 7"),
         ({"Provides-Extra: gpu\n": ""}, "", "has the extras bench, cpu"),
-        ({'; extra == "gpu"': ""}, "", "without an extra"),
+        ({'; extra == "gpu"': ""}, "", "brings or lacks vllm.* without an extra"),
+        ({"Requires-Dist: wrapt": "Requires-Nothing: "}, "", "brings or lacks wrapt.* without"),
         ({"[vllm.endpoint_plugins]": "[other]"}, "", "no entry point of the group vllm.endpoint"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Other engines that stream without end, to measure beside ours."""
