@@ -27,7 +27,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -200,14 +200,19 @@ def questions(turns: int, words: int, seed: int) -> list[str]:
     ]
 
 
-def serve(pages: int, requests: int, *flags: str) -> Server:
+ENVIRONMENT = {"VLLM_PLUGINS": "sink_vllm"}
+
+
+def serve(
+    pages: int, requests: int, *flags: str, environment: Mapping[str, str] = ENVIRONMENT
+) -> Server:
     """The server of all arms: ``pages`` KV pages for streams, ``requests`` at once."""
     policy = ["--kv-policy", "sink", "--sink-tokens", str(SCHEDULE.sink_tokens)]
     policy += ["--sink-window", str(SCHEDULE.window), "--sink-stride", str(SCHEDULE.stride)]
     engine = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
     engine += ["--block-size", str(BLOCK), "--enable-prompt-tokens-details"]
     engine += ["--num-gpu-blocks-override", str(pages + 1), "--max-num-seqs", str(requests)]
-    return Server([str(MODEL), *engine, *policy, *flags], {"VLLM_PLUGINS": "sink_vllm"})
+    return Server([str(MODEL), *engine, *policy, *flags], environment)
 
 
 def long_chat(

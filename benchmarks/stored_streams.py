@@ -6,7 +6,8 @@ A real `vllm serve --kv-policy sink` with the repository's model and `/v1/stream
 
 - `flat`: one stream for each position, filled by appends of up to `--fill` tokens. Then the streams
   take turns: one append of 64 tokens and 16 generated, timed at the client from request to answer.
-  Concluded: median time at each position over that at the first one (aim: at most 1.05), computed
+  Concluded: median time at each position over that at the first one (aim: at most 1.05), the same
+  of the engine core's longest step (`benchmarks/step_times.py`) and the longest of all, computed
   prompt tokens, what every process holds before and after (aim: within 1%), and, from the database
   the server leaves, the bytes of the message that an append at each position is for the engine.
 - `idle`: 10 streams that have evicted more than twice, then `--idle` of them. Random ones are gone
@@ -38,7 +39,8 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from benchmarks.common import Results, default_name
 from benchmarks.rows import Rows
-from benchmarks.service import BLOCK, GREEDY, SCHEDULE, Api, serve
+from benchmarks.service import BLOCK, ENVIRONMENT, GREEDY, SCHEDULE, Api, serve
+from benchmarks.step_times import Steps, observing
 from examples.serving import Server, stop_on_terminate
 from sink_vllm.policy.parked import KEY
 from sink_vllm.policy.schedule import pages_per_stream
@@ -75,7 +77,9 @@ class Filler:
         return {**answer["usage"], "seconds": time.perf_counter() - started}
 
 
-def flat(rows: Rows, server: Server, positions: list[int], rounds: int, piece: int) -> Any:
+def flat(
+    rows: Rows, server: Server, steps: Steps, positions: list[int], rounds: int, piece: int
+) -> Any:
     """Streams of different ages take turns."""
     filler = Filler(Api(server, API_KEY))
     streams = {position: filler.create(position, piece) for position in positions}
@@ -83,18 +87,31 @@ def flat(rows: Rows, server: Server, positions: list[int], rounds: int, piece: i
         filler.append(stream_id, NEW, GENERATED)
     before = server.rss()
     seconds: dict[int, list[float]] = {position: [] for position in positions}
+    longest: dict[int, list[float]] = {position: [] for position in positions}
     for round_ in range(rounds):
         for position, stream_id in streams.items():
+            began = time.perf_counter()
             row = filler.append(stream_id, NEW, GENERATED)
+            noted = steps.since(began)
+            row |= {"steps": len(noted), "longest_step_s": max(noted)}
             rows.add(arm="flat", round=round_, position=position, **row)
             seconds[position].append(row["seconds"])
-    medians = {position: statistics.median(found) for position, found in seconds.items()}
-    first = medians[positions[0]]
+            longest[position].append(row["longest_step_s"])
+    return {
+        **compared(seconds),
+        "longest_step": {**compared(longest), "most_s": {p: max(longest[p]) for p in positions}},
+        "rss_before": before,
+        "rss_after": server.rss(),
+    }
+
+
+def compared(found: dict[int, list[float]]) -> dict[str, Any]:
+    """Medians by position, and over that at the first position."""
+    medians = {position: statistics.median(seconds) for position, seconds in found.items()}
+    first = next(iter(medians.values()))
     return {
         "median_s": medians,
         "ratio_to_first": {position: median / first for position, median in medians.items()},
-        "rss_before": before,
-        "rss_after": server.rss(),
     }
 
 
@@ -181,9 +198,12 @@ def main() -> None:
     summary: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, results.rows("appends.jsonl") as rows:
         database = Path(folder, "streams.db")
-        with serve(pages, 8, *more, "--sink-streams-db", str(database)) as server:
+        environment = observing(Path(folder), ENVIRONMENT)
+        more_here = [*more, "--sink-streams-db", str(database)]
+        with serve(pages, 8, *more_here, environment=environment) as server:
             server.wait(lambda _seconds: None)
-            summary["flat"] = flat(rows, server, args.positions, args.rounds, args.fill)
+            steps = Steps(Path(folder))
+            summary["flat"] = flat(rows, server, steps, args.positions, args.rounds, args.fill)
         summary["flat"]["bytes_sent"] = sent(database)
         if args.idle:
             with serve(pages, 8, *more) as server:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import flatness, overhead, service, soak
+from benchmarks import flatness, hibernation, overhead, service, soak, stored_streams
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.overhead_arm import Step
 from benchmarks.quality import tables as quality
@@ -128,6 +128,34 @@ def rounds_of(rows: Sequence[Row]) -> dict[str, list[list[Step]]]:
 @pytest.mark.parametrize("run", [run for run in runs() if "flatness" in run.name], ids=name_of)
 def test_flatness_follows_from_its_rows(run: Path) -> None:
     agrees(flatness.verdict(rounds_of(rows_of(run, "steps.jsonl"))), summary_of(run))
+
+
+@pytest.mark.parametrize("run", [run for run in runs() if "hibernation" in run.name], ids=name_of)
+def test_hibernation_follows_from_its_rows(run: Path) -> None:
+    """Every arm beside the same turns of the pool that loses nothing."""
+    turns, rounds = rows_of(run, "turns.jsonl"), rows_of(run, "rounds.jsonl")
+    by_arm = {arm: [row for row in turns if row["arm"] == arm] for arm in hibernation.ARMS}
+    found = {arm: hibernation.conclude(rows, by_arm["large"]) for arm, rows in by_arm.items()}
+    read = hibernation.from_storage([row for row in rounds if row["arm"] == "disk"])
+    found["disk"]["storage_over_pages_read"] = read
+
+    agrees(found, summary_of(run))
+
+
+@pytest.mark.parametrize(
+    "run", [run for run in runs() if run.name.startswith("stored_streams")], ids=name_of
+)
+def test_appends_follow_from_their_rows(run: Path) -> None:
+    """Seconds of an append, and of the engine's longest step where steps were noted."""
+    published = summary_of(run)["flat"]
+    rows = [row for row in rows_of(run, "appends.jsonl") if row["arm"] == "flat"]
+    for name, told in (("seconds", published), ("longest_step_s", published.get("longest_step"))):
+        if told is not None:
+            by_position: dict[int, list[float]] = {}
+            for row in rows:
+                by_position.setdefault(row["position"], []).append(row[name])
+            found = json.loads(json.dumps(stored_streams.compared(by_position)))
+            assert found == {key: told[key] for key in found}
 
 
 @pytest.mark.parametrize("run", [run for run in runs() if "soak" in run.name], ids=name_of)

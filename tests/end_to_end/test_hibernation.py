@@ -11,7 +11,7 @@ import pytest
 
 from sink_vllm.gate.refused import Refused
 from tests.conftest import ModelFactory
-from tests.end_to_end.test_parked import Remembered, Setup
+from tests.end_to_end.test_parked import Setup
 from tests.support.engine import (
     BLOCK_SIZE,
     Engine,
@@ -22,7 +22,9 @@ from tests.support.engine import (
     running_engine,
 )
 from tests.support.judge import judge, random_tokens
+from tests.support.judge_stored import judge_chain
 from tests.support.oracle import Oracle
+from tests.support.remembered import Remembered
 from tests.support.tiny_models import TinyLlama
 
 pytestmark = pytest.mark.engine
@@ -183,10 +185,7 @@ def test_pages_on_disk_outlive_the_engine(
         talk(engine, talks, 1)
         assert hibernation.copied["read"] >= 3 * TALKS
         check_equal(talks, never_lost, cached=True)
-        finish(engine)
-        hibernation.disk.wait()
-        hibernation.slots.clear()
-        assert engine.scheduler.kv_cache_manager.reset_prefix_cache()
+        _leave_files_only(engine)
         files = sorted((tmp_path / "pages").glob("*/pages/*/*.page"))
         for number, path in enumerate(files):
             _damage(path, number % 4)
@@ -198,6 +197,40 @@ def test_pages_on_disk_outlive_the_engine(
     other = engine_with(model, PAGES, HOST | disk | {"sink_window": 60})
     with pytest.raises(Refused, match="has the pages of another server"):
         other.__enter__()
+
+
+def test_damaged_pages_leave_the_survivors(model: Path, tmp_path: Path) -> None:
+    """A stored stream goes on from its files, and from its survivors when none of them is whole."""
+    disk = {"sink_disk": str(tmp_path), "sink_disk_gib": 1}
+    with engine_with(model, PAGES, _few_slots() | disk) as engine:
+        setup = Setup(POLICY, engine, Oracle(model))
+        (stream,) = setup.streams(1)
+        while stream.held.missing == 0:
+            _append(setup, stream, random_tokens(60, len(stream.all)))
+        _leave_files_only(engine)
+        assert _append(setup, stream, random_tokens(9, 1)) == "disk"
+
+        _leave_files_only(engine)
+        files = sorted(tmp_path.glob("*/pages/*/*.page"))
+        for number, path in enumerate(files):
+            _damage(path, number % 3)
+        assert len(files) >= 3
+        position = stream.held.position
+        evicted = setup.schedule.evicted(position)
+        survivors = [stream.all[p] for p in setup.schedule.cached_positions(position)]
+        new = random_tokens(40, 2)
+        answers, chains = setup.append([stream], [new], 30)
+        assert (chains[0].resumed_from, chains[0].base) == ("survivors", evicted)
+        judge_chain(setup.oracle, POLICY, [*survivors, *new], answers[0], evicted)
+
+
+def _leave_files_only(engine: Engine) -> None:
+    """Neither the pool nor host memory has a page any more; what could be written is."""
+    finish(engine)
+    hibernation = engine.scheduler.hibernation
+    hibernation.disk.wait()
+    hibernation.slots.clear()
+    assert engine.scheduler.kv_cache_manager.reset_prefix_cache()
 
 
 def _few_slots() -> dict[str, float]:

@@ -4,6 +4,7 @@ On V1; ``tests/worker/test_v2_runner.py`` has V2. Engines run in processes of th
 n-grams up, numba, has a module that vLLM's next start on a CPU in the same process stumbles over.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.conftest import ModelFactory
 from tests.support.engine import Policy
 from tests.support.judge import judge, random_tokens
+from tests.support.judge_stored import judge_turns
 from tests.support.oracle import Oracle, penalties
 from tests.support.runner_job import Batch, Ran, run_job
 from tests.support.tiny_models import VOCAB_SIZE, TinyLlama
@@ -64,11 +66,21 @@ BATCHES = {
     "resent": batch([RESENT], 50, frequency_penalty=-0.3),
 }
 NUMBER = {name: number for number, name in enumerate(BATCHES)}
+FORGOTTEN = 2
+"""Before this turn of stored streams their pages are lost."""
+STORED = [
+    replace(
+        batch([random_tokens(new, new + index) for index in range(2)], count),
+        stored=True,
+        forget=turn == FORGOTTEN,
+    )
+    for turn, (new, count) in enumerate([(201, 60), (33, 90), (5, 50), (12, 70)])
+]
 
 
 @pytest.fixture(scope="module")
 def ran(tiny_llama: ModelFactory) -> Ran:
-    ran = run_job(tiny_llama(SHAPE), list(BATCHES.values()), POLICY, V1, **ENGINE)
+    ran = run_job(tiny_llama(SHAPE), [*BATCHES.values(), *STORED], POLICY, V1, **ENGINE)
     assert (ran.runner, ran.scheduler) == ("StreamingLLMCPUModelRunner", "StreamingLLMScheduler")
     return ran
 
@@ -100,6 +112,21 @@ def test_guests_give_way_and_are_computed_again(ran: Ran, oracle: Oracle) -> Non
     assert drafts.preemptions >= 1
     assert judge(oracle, POLICY, [PROMPTS[3]], results[:1]).least_evictions >= 6
     judge(oracle, POLICY, GUESTS, results[1:])
+
+
+def test_stored_streams_equal_the_oracle(ran: Ran, oracle: Oracle) -> None:
+    """Appends go on from the cache, then from survivors, then from the cache, with drafts."""
+    first = len(BATCHES)
+    answers, told, drafts = ran.batches[first:], ran.told[first:], ran.drafts[first:]
+
+    verdicts = judge_turns(oracle, POLICY, STORED, answers, told)
+    print(*verdicts, drafts, sep="\n")
+    resumed = [[one.resumed_from for one in turn] for turn in told]
+    assert resumed == [[None] * 2, ["cache"] * 2, ["survivors"] * 2, ["cache"] * 2]
+    assert all(one.evictions >= 10 for one in answers[-1])
+    assert all(one.accepted >= 5 for one in drafts)
+    assert sum(one.pending for one in drafts) >= 5
+    assert min(len({*one.tokens}) for turn in answers for one in turn) >= 10
 
 
 def test_penalties_see_what_is_accepted(ran: Ran, oracle: Oracle) -> None:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from operator import ge
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def ray_address() -> Iterator[str]:
 def run(model: Path, folder: Path, *, address: str = "", **job: Any) -> dict[str, Any]:
     """The result of ``tests.support.tp_engine`` for the model and the policy of this module."""
     policy = {"kv_policy": "sink", "sink_tokens": S, "sink_window": W, "sink_stride": G}
+    policy |= job.pop("places", {})
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.tp_engine", str(folder / "result.json")],
         input=json.dumps(
@@ -93,6 +95,54 @@ def test_two_workers_equal_the_oracle(
     result = run(model, tmp_path, engine=split)
 
     check_streams(result["streams"], expected)
+
+
+TURNS = 4
+TALKS = [
+    [random_tokens(60 + 90 * (turn == 0), TURNS * turn + number) for turn in range(TURNS)]
+    for number in range(3)
+]
+ONE_STREAM = 6
+"""Pages of a pool for one conversation, and vLLM's null page."""
+
+
+def places(place: str, folder: Path) -> dict[str, Any]:
+    """Options that keep pages in host memory, or in files behind room for one conversation."""
+    shape = TinyLlama()
+    page = 32 * 2 * shape.kv_heads * shape.head_size * 4 * shape.layers
+    options: dict[str, dict[str, Any]] = {
+        "nowhere": {},
+        "host": {"sink_host_gib": 0.05},
+        "disk": {
+            "sink_host_gib": 2 * ONE_STREAM * page / 2**30,
+            "sink_disk": str(folder),
+            "sink_disk_gib": 1,
+        },
+    }
+    return options[place]
+
+
+@pytest.mark.slow  # two workers on two cores, a minute each
+@pytest.mark.parametrize("place", ["nowhere", "host", "disk"])
+def test_two_workers_bring_pages_back(model: Path, tmp_path: Path, place: str) -> None:
+    """Each its own heads of a page, where there is a place for them beside the pool."""
+    pages = tmp_path / "pages"
+    pool = {"enable_prefix_caching": True, "num_gpu_blocks_override": ONE_STREAM}
+    engine = TENSOR_PARALLEL | pool
+    job: dict[str, Any] = {"prompts": [], "num_tokens": 40, "talks": TALKS}
+
+    talks = run(model, tmp_path, engine=engine, places=places(place, pages), **job)["talks"]
+
+    oracle = Oracle(model)
+    for talk in talks:
+        for turn in talk:
+            (expected,) = oracle.run([turn["prompt"]], S, W, G, 40)
+            assert turn["tokens"] == expected.tokens
+        assert expected.evictions >= 10
+        found = [turn["cached"] for turn in talk[1:]]
+        least = [len(turn["prompt"]) - 60 - 1 - 2 * G for turn in talk[1:]]
+        assert found == [0] * len(found) if place == "nowhere" else all(map(ge, found, least))
+    assert bool(list(pages.glob("engine-0/pages/*/*.page"))) == (place == "disk")
 
 
 @pytest.mark.ray

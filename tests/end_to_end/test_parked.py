@@ -6,15 +6,14 @@ whole stream; when they are gone, those of a dense prompt of the survivors.
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import pytest
-from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from sink_vllm.policy.parked import CHAIN, KEY, Chain
+from sink_vllm.policy.parked import Chain
 from sink_vllm.policy.schedule import Schedule
-from sink_vllm.server.streams.held import KEPT, Held
+from sink_vllm.server.streams.held import KEPT
 from tests.conftest import ModelFactory
 from tests.support.engine import (
     BLOCK_SIZE,
@@ -27,7 +26,9 @@ from tests.support.engine import (
     running_engine,
 )
 from tests.support.judge import judge, random_tokens
+from tests.support.judge_stored import judge_chain
 from tests.support.oracle import Oracle
+from tests.support.remembered import Remembered, append, schedule_of
 from tests.support.tiny_models import TinyLlama
 
 pytestmark = pytest.mark.engine
@@ -35,24 +36,6 @@ pytestmark = pytest.mark.engine
 SHAPE = TinyLlama(heads=4, kv_heads=2, layers=2, max_positions=256, seed=1)
 POLICIES = [Policy(4, 92, 32), Policy(40, 88, 64), Policy(0, 96, 32), Policy(33, 61, 32)]
 TURNS = 10
-
-
-@dataclass(slots=True)
-class Remembered:
-    """A stream as a server holds it, beside all its tokens for the oracle."""
-
-    schedule: Schedule
-    all: list[int] = field(default_factory=list)
-    held: Held = field(default_factory=Held)
-
-    def params(self, num_tokens: int) -> SamplingParams:
-        return greedy_params(num_tokens, extra_args={KEY: self.held.parked(self.schedule)})
-
-    def commit(self, chain: Chain, new: list[int], answer: list[int]) -> None:
-        self.held.extend([*new, *answer])
-        self.held.told(chain)
-        self.held.trim(self.schedule, sampled=bool(answer))
-        self.all += [*new, *answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +46,7 @@ class Setup:
 
     @property
     def schedule(self) -> Schedule:
-        p = self.policy
-        return Schedule(sink_tokens=p.S, window=p.W, stride=p.g)
+        return schedule_of(self.policy)
 
     def streams(self, count: int) -> list[Remembered]:
         return [Remembered(self.schedule) for _ in range(count)]
@@ -73,17 +55,8 @@ class Setup:
         self, streams: list[Remembered], new: list[list[int]], num_tokens: int
     ) -> tuple[list[Generated], list[Chain]]:
         """One turn of each, in one batch."""
-        prompts = [[*one.held.tokens, *more] for one, more in zip(streams, new, strict=True)]
-        outputs = self.engine.generate(prompts, [one.params(num_tokens) for one in streams])
-        answers = [Generated.of(output) for output in outputs]
-        chains = [
-            Chain.read((output.kv_transfer_params or {})["streaming_llm"][CHAIN])
-            for output in outputs
-        ]
-        for stream, chain, more, answer in zip(streams, chains, new, answers, strict=True):
-            stream.commit(chain, more, answer.tokens)
-            assert answer.stream_position == stream.held.position == len(stream.all)
-        return answers, chains
+        params = [greedy_params(num_tokens) for _ in streams]
+        return append(self.engine, streams, new, params)
 
 
 @pytest.fixture(scope="module", params=POLICIES, ids=str)
@@ -139,7 +112,7 @@ def test_without_pages_a_stream_goes_on_from_its_survivors(setup: Setup) -> None
         answers, chains = setup.append(streams, [new], 40)
         evicted = setup.schedule.evicted(position)
         assert (chains[0].resumed_from, chains[0].base) == ("survivors", evicted)
-        _judge_chain(setup, [*survivors, *new], answers[0], evicted)
+        judge_chain(setup.oracle, setup.policy, [*survivors, *new], answers[0], evicted)
         assert answers[0].evicted_tokens == setup.schedule.evicted(stream.held.position - 1)
 
         # What follows is exact again, with regard to that.
@@ -149,19 +122,12 @@ def test_without_pages_a_stream_goes_on_from_its_survivors(setup: Setup) -> None
             new = random_tokens(30, 10 * round_ + turn)
             chain_tokens += new
             answers, chains = setup.append(streams, [new], 30)
-            _judge_chain(setup, chain_tokens, answers[0], evicted)
+            judge_chain(setup.oracle, setup.policy, chain_tokens, answers[0], evicted)
             chain_tokens += answers[0].tokens
             assert chains[0].base == evicted
             assert chains[0].resumed_from in ("cache", None)
             resumed += chains[0].resumed_from == "cache"
         assert resumed >= 4
-
-
-def _judge_chain(setup: Setup, tokens: list[int], answer: Generated, base: int) -> None:
-    """``answer`` is that of a stream that began with ``tokens``, but for its own account."""
-    evictions = answer.evictions - base // setup.policy.g
-    answer = replace(answer, evicted_tokens=answer.evicted_tokens - base, evictions=evictions)
-    judge(setup.oracle, setup.policy, [tokens], [answer])
 
 
 def test_a_turn_can_be_taken_back(setup: Setup) -> None:

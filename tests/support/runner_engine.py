@@ -75,9 +75,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run the batches of a job one after the other on one engine."""
     from vllm import SamplingParams
 
+    from sink_vllm.policy.parked import Chain
     from tests.support.drafts import Drafts, watch_drafts
     from tests.support.engine import Generated, Policy, check_all_free, running_engine
     from tests.support.positions_seen import PositionsSeen, watch_positions
+    from tests.support.remembered import Remembered, append, schedule_of
 
     policy = Policy(**job["policy"]) if job["policy"] else None
     with (
@@ -87,16 +89,26 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         self_test_graphs = graphs.copy()
         seen = watch_positions(engine.runner) if job["watch"] else PositionsSeen()
         drafts = watch_drafts(engine.scheduler) if policy else Drafts()
-        batches, drafted = [], []
+        batches, drafted, told = [], [], []
+        streams: list[Remembered] = []
         for batch in job["batches"]:
             if batch["flat"]:
                 flatten_logits(engine.runner.get_model())
             params = [SamplingParams(**_with_int_keys(params)) for params in batch["params"]]
             before = dataclasses.astuple(drafts)
-            outputs = engine.generate(batch["prompts"], params)
+            if batch["forget"]:
+                engine.forget_prefixes()
+            chains: list[Chain] = []
+            if batch["stored"] and policy:
+                prompts = batch["prompts"]
+                streams = streams or [Remembered(schedule_of(policy)) for _ in prompts]
+                made, chains = append(engine, streams, prompts, params)
+            else:
+                made = [Generated.of(one) for one in engine.generate(batch["prompts"], params)]
+            told.append([(chain.resumed_from, chain.base) for chain in chains])
             pairs = zip(dataclasses.astuple(drafts), before, strict=True)
             drafted.append([after - one for after, one in pairs])
-            batches.append([dataclasses.asdict(Generated.of(output)) for output in outputs])
+            batches.append([dataclasses.asdict(one) for one in made])
         check_all_free(engine)
         return {
             "scheduler": type(engine.scheduler).__name__,
@@ -108,6 +120,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "positions": dataclasses.asdict(seen),
             "self_test_graphs": self_test_graphs,
             "drafts": drafted,
+            "told": told,
         }
 
 

@@ -31,6 +31,19 @@ class Batch:
     params: list[dict[str, Any]]
     flat: bool = False
     """From this batch on all tokens are equally likely: noise decides."""
+    stored: bool = False
+    """Each prompt is appended to the stored stream of its place, which keeps what is generated."""
+    forget: bool = False
+    """The prefix cache is emptied before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the engine says of a turn of a stored stream."""
+
+    resumed_from: str | None
+    base: int
+    """Tokens evicted before the cache was last built anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,8 @@ class Ran:
     """Steps before the first request (of V2's runner): they may replay a graph of decode steps."""
     drafts: list[Drafts]
     """Of each batch."""
+    told: list[list[Told]]
+    """Of each batch; nothing of those whose streams are not stored."""
 
 
 def run_job(
@@ -87,4 +102,5 @@ def run_job(
     result = json.loads(done.stdout.splitlines()[-1])
     result["batches"] = [[Generated(**one) for one in batch] for batch in result["batches"]]
     seen, drafts = PositionsSeen(**result["positions"]), [Drafts(*one) for one in result["drafts"]]
-    return Ran(**result | {"positions": seen, "drafts": drafts})
+    told = [[Told(*one) for one in batch] for batch in result["told"]]
+    return Ran(**result | {"positions": seen, "drafts": drafts, "told": told})

@@ -37,6 +37,29 @@ def seconds_to_death(llm: Any, prompt: Any, params: Any) -> dict[str, Any]:
     return {"error": None, "seconds": time.monotonic() - killed}
 
 
+def talk(llm: Any, talks: list[list[list[int]]], params: Any) -> list[list[dict[str, Any]]]:
+    """Conversations that are sent again with every turn, one after the other in every round.
+
+    Args:
+        talks: what each appends, turn by turn.
+
+    Returns:
+        Of each its turns: the whole prompt, the answer, and tokens that were found.
+    """
+    from vllm.inputs import TokensPrompt
+
+    made: list[list[dict[str, Any]]] = [[] for _ in talks]
+    for turn in range(len(talks[0])):
+        for one, turns in zip(talks, made, strict=True):
+            before = [*turns[-1]["prompt"], *turns[-1]["tokens"]] if turns else []
+            prompt = [*before, *one[turn]]
+            (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], params)
+            tokens = list(output.outputs[0].token_ids)
+            found = output.num_cached_tokens
+            turns.append({"prompt": prompt, "tokens": tokens, "cached": found})
+    return made
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -53,13 +76,15 @@ def main() -> None:
     )
     params = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True)
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate(prompts, params) if prompts else []
     result: dict[str, Any] = {
         "streams": [
             {"tokens": list(o.outputs[0].token_ids), "report": o.kv_transfer_params}
             for o in outputs
         ]
     }
+    if job.get("talks"):
+        result["talks"] = talk(llm, job["talks"], params)
     if job.get("kill_a_worker"):
         result["death"] = seconds_to_death(llm, prompts[0], params)
     Path(sys.argv[1]).write_text(json.dumps(result))

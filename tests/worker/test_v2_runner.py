@@ -7,6 +7,7 @@ the buffers a model reads, is tested on both of them here.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.support.engine import Policy, running_engine
 from tests.support.families import FAMILIES
 from tests.support.family import Family, write_family
 from tests.support.judge import judge, random_tokens
+from tests.support.judge_stored import judge_turns
 from tests.support.oracle import Oracle
 from tests.support.oracle_hf import HFOracle
 from tests.support.positions_seen import PositionsSeen, watch_positions
@@ -138,6 +140,33 @@ def test_v2_ngrams_equal_the_oracle(
     assert drafts.pending >= (15 if long else 1)
     assert drafts.accepted >= (50 if long else 3)
     assert min(distinct) >= (100 if long else 20)
+
+
+STORED = [
+    Batch([random_tokens(150, 31), random_tokens(120, 32)], [GREEDY | {"max_tokens": 30}] * 2),
+    Batch([random_tokens(80, 33), random_tokens(45, 34)], [GREEDY | {"max_tokens": 60}] * 2),
+    Batch([random_tokens(70, 35), random_tokens(92, 36)], [GREEDY | {"max_tokens": 50}] * 2),
+    Batch([random_tokens(9, 37), random_tokens(2, 38)], [GREEDY | {"max_tokens": 20}] * 2),
+]
+FORGOTTEN = 2
+"""Before this turn their pages are gone."""
+
+
+def test_v2_stored_streams_equal_the_oracle(tiny_llama: ModelFactory, oracle: Oracle) -> None:
+    """Appends go on from the cache, then from survivors, then from the cache again."""
+    turns = [
+        replace(turn, stored=True, forget=number == FORGOTTEN) for number, turn in enumerate(STORED)
+    ]
+
+    ran = run_v2(tiny_llama(SHAPE), turns, enable_prefix_caching=True)
+
+    verdicts = judge_turns(oracle, POLICY, turns, ran.batches, ran.told)
+    print(*verdicts, sep="\n")
+    assert ran.runner == "StreamingLLMCPUModelRunnerV2"
+    resumed = [[one.resumed_from for one in turn] for turn in ran.told]
+    assert resumed == [[None] * 2, ["cache"] * 2, ["survivors"] * 2, ["cache"] * 2]
+    assert all(one.evictions >= 5 for one in ran.batches[-1])
+    assert max(one.reanchorings for one in ran.batches[1]) >= 1
 
 
 def test_v2_noise_is_a_function_of_the_stream_position(sync: Ran) -> None:

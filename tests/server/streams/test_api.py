@@ -2,8 +2,10 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sink_vllm.policy.schedule import Schedule
 from tests.support.monitoring import metrics_named
 from tests.support.serving import CAPACITY, FLAGS, MODEL, SCHEDULE, prompt_of
 from tests.support.tiny_models import TinyLlama, write_tiny_lora
+from tests.support.trace_collector import Collector, running_collector
 
 pytestmark = pytest.mark.server
 
@@ -32,8 +35,10 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 class _Api:
     """The routes, with the server's key."""
 
-    def __init__(self, url: str, key: str = KEY) -> None:
-        self.url = url
+    def __init__(
+        self, url: str, key: str = KEY, log: Path | None = None, traces: Collector | None = None
+    ) -> None:
+        self.url, self.log, self.traces = url, log, traces
         self.http = httpx.Client(
             base_url=url, timeout=300, headers={"Authorization": f"Bearer {key}"}
         )
@@ -120,11 +125,15 @@ def api(tiny_llama: Callable[[TinyLlama], Path]) -> Iterator[_Api]:
     arguments += ["--max-num-seqs", "8", "--num-gpu-blocks-override", "96", *FLAGS]
     arguments += ["--sink-streams", f"{MOST_STREAMS}", "--sink-streams-tokens", f"{MOST_TOKENS}"]
     arguments += ["--override-generation-config", json.dumps({"max_new_tokens": MOST_NEW})]
-    arguments += ["--enable-prompt-tokens-details"]
+    arguments += ["--enable-prompt-tokens-details", "--enable-server-load-tracking"]
+    arguments += ["--enable-log-requests", "--enable-request-id-headers"]
     environment = {"VLLM_PLUGINS": "sink_vllm", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    with Server(arguments, environment) as server:
-        server.wait(lambda _seconds: None)
-        yield _Api(server.url)
+    environment |= {"VLLM_LOGGING_LEVEL": "INFO"}
+    with running_collector() as traces:
+        arguments += ["--otlp-traces-endpoint", traces.url]
+        with Server(arguments, environment | traces.environment) as server:
+            server.wait(lambda _seconds: None)
+            yield _Api(server.url, log=server.log, traces=traces)
 
 
 def _message(content: str, role: str = "user") -> dict[str, str]:
@@ -703,6 +712,84 @@ def test_metrics_of_dashboard_and_alerts_exist(api: _Api) -> None:
     refused = next(one for one in families if one.name == "http_requests")
     handlers = {(one.labels["handler"], one.labels["status"]) for one in refused.samples}
     assert ("/v1/streams/{stream_id}", "4xx") in handlers
+
+
+# -- what the server says about all requests ----------------------------------------------------
+
+
+def _until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_append_is_logged_under_the_clients_own_id(api: _Api) -> None:
+    """As a completion is; and the answer has the id, too."""
+    body = {"prompt": [65, 66], "max_tokens": 2, "model": MODEL}
+    append = {"tokens": [65, 66], "generate": {"max_tokens": 2}}
+    path = f"/v1/streams/{api.create()}/append"
+    for number, (where, what, name) in enumerate(
+        [
+            ("/v1/completions", body, "cmpl-{}-0"),
+            (path, append, "append-{}"),
+            (path, {**append, "stream": True}, "append-{}"),
+        ]
+    ):
+        own = f"from-the-client-{number}"
+        answer = api.http.post(where, json=what, headers={"X-Request-Id": own})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Request-Id"] == own
+        line = f"Received request {name.format(own)}: params: SamplingParams("
+        assert api.log is not None
+        assert api.log.read_text().count(line) == 1
+
+
+def test_an_append_in_progress_is_load(api: _Api) -> None:
+    """Until its answer has ended, whoever ends it; what is refused leaves no load behind."""
+
+    def load() -> int:
+        found: int = api.call("GET", "/load", 200)["server_load"]
+        return found
+
+    assert load() == 0
+    one, other = api.create(), api.create()
+    events = api.events(one, tokens=[65], generate={**GREEDY, "max_tokens": MOST_NEW})
+    next(events)
+    assert load() == 1
+    whole = threading.Thread(target=api.generate, args=(other, 200), kwargs={"tokens": [66]})
+    whole.start()
+    _until(lambda: load() == 2)
+    whole.join()
+    assert load() == 1
+    api.error("POST", f"/v1/streams/{one}/append", 409, {"tokens": [65]})
+    api.error("POST", f"/v1/streams/{other}/append", 400, {"tokens": [-1]})
+    api.error("POST", f"/v1/streams/{'stream-' + '0' * 32}/append", 404, {"tokens": [65]})
+    assert load() == 1
+    events.close()  # type: ignore[attr-defined]
+    _until(lambda: load() == 0)
+
+
+def test_an_append_is_part_of_the_clients_trace(api: _Api) -> None:
+    """The engine's span of a request has the trace and the parent that the client named."""
+    traces = api.traces
+    assert traces is not None
+    append = {"tokens": [65, 66], "generate": {"max_tokens": 2}}
+    completion = {"prompt": [65, 66], "max_tokens": 2, "model": MODEL}
+    for number, (path, body, name) in enumerate(
+        [
+            ("/v1/completions", completion, "cmpl-{}-0"),
+            (f"/v1/streams/{api.create()}/append", append, "append-{}"),
+        ]
+    ):
+        trace, parent, own = f"{number + 1:032x}", f"{number + 7:016x}", f"traced-{number}"
+        headers = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-Id": own}
+        answer = api.http.post(path, json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        _until(partial(traces.of, trace))
+        (span,) = traces.of(trace)
+        assert (span.name, span.parent) == ("llm_request", parent)
+        assert span.attributes["gen_ai.request.id"] == name.format(own)
 
 
 def test_stream_lengths_are_counted(api: _Api) -> None:

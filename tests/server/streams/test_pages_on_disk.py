@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from examples.serving import Metrics
 from tests.conftest import ModelFactory
 from tests.server.streams.test_restart import PLUGINS, _Streams
 from tests.support.serving import CAPACITY, SCHEDULE, prompt_of, tiny_server
@@ -61,7 +62,18 @@ def test_killed_in_mid_turn(tiny_llama: ModelFactory, tmp_path: Path) -> None:
             text += [65, 66]
             expected = streams.complete(text, 12, cache_salt=stream_id)
             assert answer["token_ids"] == expected
-        metrics = streams.http.get("/metrics").text
-        read = [line for line in metrics.splitlines() if line.startswith("sink_vllm:read_pages_t")]
-        assert [float(line.split()[-1]) > 0 for line in read] == [True]
+        wait_until_written(pages)
+        metrics = Metrics.parse(streams.http.get("/metrics").text)
+        for name in ("read_pages", "returned_pages", "kept_pages"):
+            assert metrics.total(f"sink_vllm:{name}_total") > 0, name
+        assert 0 < metrics.total("sink_vllm:host_bytes") <= 0.05 * 2**30
+        sizes = [path.stat().st_size for path in pages.glob("*/pages/*/*.page")]
+        assert min(sizes) <= metrics.total("sink_vllm:disk_bytes") <= sum(sizes)
+        resumed = {
+            sample.labels["source"]: sample.value
+            for family in metrics.families
+            for sample in family.samples
+            if sample.name == "sink_vllm:stored_stream_resume_seconds_count"
+        }
+        assert resumed["disk"] == len(texts)
     assert len({tuple(text[-30:]) for text in texts.values()}) == len(texts)
