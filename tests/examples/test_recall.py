@@ -12,8 +12,9 @@ import torch
 from benchmarks.recall import DISTANCES, gone, streams, verdict
 from examples.train_model.recall import task, train
 from examples.train_model.recall.attention import rotated, streaming_attention
-from examples.train_model.recall.model import SCHEDULE, make_config, make_model
+from examples.train_model.recall.model import SCHEDULE, SMALL, make_config, make_model
 from examples.train_model.recall.task import GROUP, Stream, make_stream
+from sink_vllm.policy.schedule import Schedule
 
 SINKS = SCHEDULE.sink_tokens
 THETA = 10000.0
@@ -81,19 +82,22 @@ def test_distances_that_do_not_fit_are_refused() -> None:
             make_stream(Random(0), 5, distance)
 
 
-@pytest.mark.parametrize("length", [20, 128, 192, 448])
-def test_attention_in_training_sees_what_the_cache_will_hold(length: int) -> None:
+@pytest.mark.parametrize("schedule", [SCHEDULE, SMALL], ids=["whole", "small"])
+@pytest.mark.parametrize("length", [12, 128, 192, 448])
+def test_attention_in_training_sees_what_the_cache_will_hold(
+    length: int, schedule: Schedule
+) -> None:
     """Each query by itself, with keys rotated by their place in the cache."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, length, 32, dtype=torch.float32)
     frequencies = THETA ** (-torch.arange(0.0, 32, 2) / 32)
     angles = torch.outer(torch.arange(float(length)), frequencies)
 
-    attend = streaming_attention(SCHEDULE, THETA)
+    attend = streaming_attention(schedule, THETA)
     found, _ = attend(None, rotated(q, angles), rotated(k, angles), v, None, 0.2)
 
     for position in range(length):
-        cached = SCHEDULE.cached_positions(position + 1)
+        cached = schedule.cached_positions(position + 1)
         places = angles[: len(cached)]
         query = rotated(q[:, :, position], places[-1])
         scores = torch.einsum("bhd,bhnd->bhn", query, rotated(k[:, :, cached], places)) * 0.2
@@ -111,16 +115,15 @@ def test_both_models_have_as_many_weights() -> None:
 
 def options(folder: Path) -> argparse.Namespace:
     folder.mkdir()
-    return argparse.Namespace(
-        layers=train.HYBRID, out=folder, steps=6, lr=3e-3, seed=0, no_compile=True
-    )
+    return argparse.Namespace(layers=train.HYBRID, out=folder, steps=6, lr=3e-3, seed=0)
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "STEP_TOKENS", 256)
-    monkeypatch.setattr(train, "LENGTHS", ((128, 0.5), (256, 0.5)))
+    stages = ((0.5, 128, SMALL), (0.5, 256, SCHEDULE))
+    monkeypatch.setattr(train, "STAGES", stages)
     monkeypatch.setattr(train, "CHECKPOINT_STEPS", 2)
     whole = train.Run(options(tmp_path / "whole"))
     losses = list(whole.steps())

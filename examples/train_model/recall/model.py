@@ -16,14 +16,18 @@ from .task import BOS, VOCABULARY
 
 SCHEDULE = Schedule(sink_tokens=4, window=60, stride=64)
 """Pages of 64 tokens, because one must hold a state; so the least cache is one of 128."""
+SMALL = Schedule(sink_tokens=4, window=4, stride=8)
+"""Of the first part of a training."""
 HIDDEN, HEADS, HEAD_SIZE = 64, 2, 32
 STATE_HEADS, STATE_SIZE = 4, 32
 THETA = 1000.0
 WEIGHTS = 76_000
 """Of every model, about: MLPs take what the other parts leave."""
-SLOWEST, FASTEST = 0.001, 0.1
-"""Steps of a state at first, from head to head, as in the Mamba2 paper (arXiv 2405.21060): it forgets
-within 1,000 to 10 tokens, where transformers' own weights forget within one or two."""
+STEP = 0.1
+LONGEST, SHORTEST = 10_000, 100
+"""What a state is at first: how much of a token it takes, and within how many tokens it forgets,
+from head to head. With transformers' own first weights it forgets within one or two, and nothing
+that was told long before can be learned."""
 
 
 def make_config(layers: Sequence[str], weights: int = WEIGHTS) -> GraniteMoeHybridConfig:
@@ -64,16 +68,15 @@ def make_config(layers: Sequence[str], weights: int = WEIGHTS) -> GraniteMoeHybr
 
 
 def make_model(config: GraniteMoeHybridConfig) -> GraniteMoeHybridForCausalLM:
-    """The model with new weights, whose attention forgets as ``SCHEDULE`` says."""
-    AttentionInterface.register("streaming", streaming_attention(SCHEDULE, THETA))
-    model = GraniteMoeHybridForCausalLM._from_config(config, attn_implementation="streaming")
-    steps = torch.logspace(math.log10(SLOWEST), math.log10(FASTEST), STATE_HEADS)
+    """The model with new weights. Its attention forgets as ``limit`` says next."""
+    model = GraniteMoeHybridForCausalLM(config)
+    horizons = torch.logspace(math.log10(LONGEST), math.log10(SHORTEST), STATE_HEADS)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("dt_bias"):
-                weight.copy_(steps.expm1().log())  # the inverse of softplus
+                weight.fill_(math.log(math.expm1(STEP)))  # the inverse of softplus
             elif name.endswith("A_log"):
-                weight.zero_()
+                weight.copy_(-(STEP * horizons).log())
             elif weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return model
@@ -81,6 +84,13 @@ def make_model(config: GraniteMoeHybridConfig) -> GraniteMoeHybridForCausalLM:
 
 def load_model(folder: Path) -> GraniteMoeHybridForCausalLM:
     """A trained model, its attention as in training."""
-    AttentionInterface.register("streaming", streaming_attention(SCHEDULE, THETA))
-    model = GraniteMoeHybridForCausalLM.from_pretrained(folder, attn_implementation="streaming")
+    model = GraniteMoeHybridForCausalLM.from_pretrained(folder)
+    limit(model, SCHEDULE)
     return model.eval()
+
+
+def limit(model: GraniteMoeHybridForCausalLM, schedule: Schedule) -> None:
+    """Let attention see what a cache of this schedule holds, from now on."""
+    name = f"streaming-{schedule.capacity}"
+    AttentionInterface.register(name, streaming_attention(schedule, THETA))
+    model.set_attn_implementation(name)

@@ -57,7 +57,8 @@ class Stream:
 def make_stream(random: Random, groups: int, last: int | None = None) -> Stream:
     """A stream of ``groups`` groups with as many facts as find a place.
 
-    Distances are drawn log-uniformly from all that fit, then the place of the fact evenly.
+    Distances are drawn from all that fit, one half log-uniformly and one half evenly, then the
+    place of the fact evenly.
 
     Args:
         last: if given, the last group is a question, and its fact is so many tokens before it.
@@ -76,7 +77,8 @@ def make_stream(random: Random, groups: int, last: int | None = None) -> Stream:
         places.append((groups - 1 - last // GROUP, groups - 1))
     while len(places) < len(keys):
         for _ in range(_TRIES):
-            apart = int((groups - 1) ** random.random())  # 1 to groups - 2
+            near, any_of = int((groups - 1) ** random.random()), random.randrange(1, groups - 1)
+            apart = random.choice((near, any_of))
             told = random.randrange(1, groups - apart)
             if {told, told + apart} <= free.difference(*places):
                 places.append((told, told + apart))

@@ -29,12 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import SCHEDULE, make_config, make_model
+from sink_vllm.policy.schedule import Schedule
+
+from .model import SCHEDULE, SMALL, limit, make_config, make_model
 from .task import GROUP, make_stream
 
 STEP_TOKENS = 4096
-LENGTHS = ((128, 0.15), (256, 0.15), (512, 0.3), (1024, 0.4))
-"""Tokens of a stream and the share of all steps with such: longer ones come later."""
+STAGES = (
+    (0.25, 128, SMALL),
+    (0.10, 128, SCHEDULE),
+    (0.20, 256, SCHEDULE),
+    (0.25, 512, SCHEDULE),
+    (0.20, 1024, SCHEDULE),
+)
+"""Share of all steps, tokens of a stream, cache. Where attention sees enough from the start, states
+learn nothing: it solves what is near at once, and what is far is too hard to begin with."""
 WARMUP_STEPS = 100
 FINAL_SHARE = 0.02
 CLIP_NORM = 1.0
@@ -55,14 +64,14 @@ class Progress:
     beyond: float = math.nan
 
 
-def length_at(step: int, steps: int) -> int:
-    """Tokens of the streams of a step."""
+def stage_at(step: int, steps: int) -> tuple[int, Schedule]:
+    """Tokens of the streams of a step, and what their cache holds."""
     done = 0.0
-    for length, share in LENGTHS:
+    for share, length, schedule in STAGES:
         done += share
         if step < done * steps:
-            return length
-    return LENGTHS[-1][0]
+            return length, schedule
+    return STAGES[-1][1:]
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:
@@ -102,9 +111,6 @@ class Run:
         self.model: Any = make_model(make_config(args.layers))
         self.optimizer = optimizer_of(self.model)
         self.state = Progress(args.layers, self.model.num_parameters())
-        self.body = self.model.model
-        if not args.no_compile:
-            self.body = torch.compile(self.body, dynamic=False)
         self._file: Path = args.out / "checkpoint.pt"
         if self._file.exists():
             held = torch.load(self._file)
@@ -117,11 +123,12 @@ class Run:
         args, state = self.args, self.state
         since = time.monotonic() - state.seconds
         while state.steps < args.steps:
-            length = length_at(state.steps, args.steps)
+            length, schedule = stage_at(state.steps, args.steps)
+            limit(self.model, schedule)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate_at(state.steps, args.steps, args.lr)
             tokens, rows, answers, distances = batch(args.seed, state.steps, length)
-            hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
             # The token before the answer is the key that is asked for.
             logits = self.model.lm_head(hidden[rows, answers - 1])
             targets = tokens[rows, answers]
@@ -169,11 +176,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", nargs="+", choices=["mamba", "attention"], default=HYBRID)
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and streams")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     return parser.parse_args()
 
 
@@ -187,7 +193,7 @@ def main() -> None:
     for loss in run.steps():
         if state.steps % 25 == 0:
             recall = f"inside {state.inside:.3f} beyond {state.beyond:.3f}"
-            line = f"step {state.steps} length {length_at(state.steps, args.steps)}"
+            line = f"step {state.steps} length {stage_at(state.steps, args.steps)[0]}"
             print(f"{line} loss {loss:.4f} {recall} {state.seconds:.0f} s", flush=True)
     run.save()
 
