@@ -152,5 +152,5 @@ def test_recall_is_concluded_from_rows() -> None:
     found = verdict(near + far)
     assert found["holds"]
     assert found["recall"]["hybrid"]["256"]["recall"] == 0.5
-    assert not verdict(near + lost)["holds"]
-    assert not verdict(near)["holds"], "no fact was gone"
+    assert verdict(near + lost)["holds"] is False
+    assert verdict(near)["holds"] is None, "no fact was gone"
