@@ -24,13 +24,15 @@ def write(run: Path) -> Path:
     figure, panel = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for arm, cells in found["recall"].items():
         shares = [one["recall"] for one in cells.values()]
-        low = [one["recall"] - one["interval"][0] for one in cells.values()]
-        high = [one["interval"][1] - one["recall"] for one in cells.values()]
+        low = [max(one["recall"] - one["interval"][0], 0) for one in cells.values()]
+        high = [max(one["interval"][1] - one["recall"], 0) for one in cells.values()]
         distances = [int(distance) for distance in cells]
         panel.errorbar(distances, shares, yerr=[low, high], marker=".", capsize=2, label=arm)
     panel.axhline(found["chance"], color="black", linestyle=":", linewidth=0.8)
     first = min(int(d) for d, one in found["recall"]["hybrid"].items() if one["gone"])
-    panel.axvspan(first / 1.4, panel.get_xlim()[1], color="tab:gray", alpha=0.1)
+    least, most = panel.get_xlim()
+    panel.axvspan(first / 1.4, most, color="tab:gray", alpha=0.1, linewidth=0)
+    panel.set_xlim(least, most)
     panel.set(xscale="log", xlabel="tokens since the fact (gray: evicted)", ylabel="right answers")
     panel.set_ylim(0, 1.03)
     panel.legend(fontsize=8)
