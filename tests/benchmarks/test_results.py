@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import flatness, hibernation, overhead, service, soak, stored_streams
+from benchmarks import flatness, hibernation, overhead, recall, service, soak, stored_streams
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.overhead_arm import Step
 from benchmarks.quality import tables as quality
@@ -164,6 +164,18 @@ def test_soak_follows_from_its_rows(run: Path) -> None:
     samples = [soak.Sample(**row) for row in rows_of(run, "samples.jsonl")]
 
     agrees(soak.verdict(samples, published["tokens"]), published)
+
+
+@pytest.mark.parametrize("run", [run for run in runs() if "recall" in run.name], ids=name_of)
+def test_recall_follows_from_its_rows(run: Path) -> None:
+    """And every fact that counts as gone was evicted before it was asked for."""
+    rows, published = rows_of(run, "questions.jsonl"), summary_of(run)
+    found = json.loads(json.dumps(recall.verdict(rows)))  # pairs are lists in files
+
+    agrees(found | {"trained": published["trained"]}, published)
+    for row in rows:
+        assert row["gone"] == recall.gone(row["computed"] - row["distance"], row["computed"])
+        assert row["gone"] == (row["evictions_since"] > 0 and row["distance"] > 124)
 
 
 @pytest.mark.parametrize("arm", ["chat", "streams"])

@@ -23,8 +23,9 @@ uses for the real one: its own, that of transformers (vLLM's Transformers backen
 which vLLM dropped after 0.28, this project's (`sink_vllm/models/mpt.py`). The tokens
 and log-probabilities of whole streams equal those of the same checkpoint run by transformers, one
 token at a time, with keys renumbered by cache position (float32, 1e-4); states of recurrent layers
-run on. Where vLLM's kernels need bfloat16, the measure is how far they are from transformers in
-float32 before the first eviction: its median and 90th percentile may at most double afterwards.
+run on ([what one remembered of evicted text](quality.md#what-a-hybrid-remembers)). Where vLLM's
+kernels need bfloat16, the measure is how far they are from transformers in float32 before the first
+eviction: its median and 90th percentile may at most double afterwards.
 
 Streams have 500 tokens, 100 different ones among them, and 10 or more evictions (650 and 8
 where a page that holds a state is larger), and a re-anchoring where keys are rotated (with ALiBi
