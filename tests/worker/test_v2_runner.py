@@ -204,15 +204,23 @@ def test_v2_family_streams_exactly(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [models.case_of(one, engine=False) for one in HYBRIDS])
 def test_v2_goes_on_from_cached_states(family: Family, tmp_path: Path) -> None:
-    """Recurrent layers with a prefix cache and steps that run ahead: streams whose states are
-    copied at every page end, and one that is sent again and goes on from such a copy."""
+    """Recurrent layers with a prefix cache, steps that run ahead and chunks smaller than a page:
+    streams whose states are copied at every page end, and one that is sent again and goes on from
+    such a copy."""
     capacity, folder = family.policy.capacity, write_family(tmp_path, family)
     sent, more = random_tokens(2 * capacity + 10, 1), random_tokens(40, 2)
     prompts = [[sent, random_tokens(20, 3)], [sent + more, random_tokens(30, 4)]]
     params = GREEDY | {"max_tokens": capacity - 18}
 
     batches = [Batch(one, [params] * 2) for one in prompts]
-    ran = run_family(folder, family, batches, async_scheduling=True, enable_prefix_caching=True)
+    ran = run_family(
+        folder,
+        family,
+        batches,
+        async_scheduling=True,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=48,
+    )
 
     assert ran.runner == "StreamingLLMCPUModelRunnerV2"
     assert ran.scheduler == "StreamingLLMAsyncScheduler"
