@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
+from tests.end_to_end.test_parked import Setup
 from tests.end_to_end.test_sessions import Session
 from tests.support.engine import (
     Engine,
@@ -184,6 +185,24 @@ def test_a_session_goes_on_from_the_state_before_its_last_token(
 
     assert sum(evictions > 0 for evictions in lost) >= 4
     check_all_free(engine)
+
+
+@pytest.mark.engine
+def test_a_stored_stream_goes_on_from_its_state(engine: Engine, folder: Path) -> None:
+    """What ``/v1/streams`` sends of it, to steps that run ahead: the tokens of one stream."""
+    setup = Setup(POLICY, engine, HFOracle(folder))
+    (stream,) = streams = setup.streams(1)
+    resumed = 0
+    for turn in range(7):
+        before, gap = list(stream.all), stream.held.missing
+        new = random_tokens(50 + 9 * turn, 20 + turn)
+        answers, (chain,) = setup.append(streams, [new], 45)
+        print(judge(setup.oracle, POLICY, [[*before, *new]], answers))
+        assert chain.base == 0
+        if gap:
+            resumed += chain.resumed_from == "cache"
+            assert len(before) - answers[0].cached_tokens <= 1 + PAGE + POLICY.g
+    assert resumed >= 3
 
 
 @pytest.mark.engine
