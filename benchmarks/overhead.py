@@ -25,6 +25,11 @@ token per stream and step; otherwise the run ends with an error instead of numbe
 
 Not to be concluded: absolute speed of either arm (this model is tiny, so the fixed cost per step
 weighs more than with any model in use), or anything about prompts.
+A model with recurrent layers needs pages that hold a state, in both arms:
+
+    python -m tests.support.write_family Falcon-H1 out/falcon-h1
+    python -m benchmarks.overhead --model out/falcon-h1 --dtype float32 --window 60 --block-size 64
+
 `--control` runs stock against stock: how far its ratios are from 1 is the noise of the machine. The
 median over rounds of the rounds' mean ratios is printed beside the overall mean: on a machine that
 does something else now and then, the two differ, because one stalled step outweighs a whole round.

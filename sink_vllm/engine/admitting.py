@@ -136,7 +136,8 @@ class AdmittingMixin(MakingRoomMixin):
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Look a waiting request up, and decide whether it is admitted.
 
-        A long prompt starts from the longest boundary that is cached, wherever that is. Otherwise
+        A long prompt, and a stream that lost its pages, starts from the longest boundary that is
+        cached, wherever that is. Otherwise
         at least one token below the capacity is left to compute: a hit of ``C`` tokens would leave
         nothing to schedule before the eviction, and no step would change that.
 
@@ -153,7 +154,8 @@ class AdmittingMixin(MakingRoomMixin):
         if not self._bring_back(request):
             self._queue_stands = True
             return nothing, 0, 0, False
-        if stream.prompt is not None:
+        may_be_resumed = stream.prompt is not None or stream.lost is not None
+        if may_be_resumed:
             if not self._admit(request):
                 return nothing, 0, 0, False
             found = self._found[request.request_id] = self.recycler.look_up(request)
@@ -168,7 +170,7 @@ class AdmittingMixin(MakingRoomMixin):
                 request.block_hashes, stream.capacity - 1
             )
             blocks = self.kv_cache_manager.create_kv_cache_blocks(hit)
-        if stream.prompt is None:
+        if not may_be_resumed:
             # A state that is found is copied, whoever holds it.
             states = self.recycler.tables.state_groups
             shared = [one for group, one in enumerate(blocks.blocks) if group not in states]
@@ -199,9 +201,9 @@ class AdmittingMixin(MakingRoomMixin):
         for request_id, found in self._found.items():
             request = self.requests[request_id]
             if request.status == RequestStatus.RUNNING:
-                count_prompt(
-                    request, self.recycler.streams[request_id], found, self.kv_cache_manager
-                )
+                stream = self.recycler.streams[request_id]
+                of_prompt = None if stream.is_lost else found
+                count_prompt(request, stream, of_prompt, self.kv_cache_manager)
                 self.recycler.started(request, resumed=found is not None)
                 continue
             self.admission.leave(request_id)

@@ -7,6 +7,7 @@ request ends.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 from vllm.v1.core.kv_cache_utils import BlockHash
@@ -48,6 +49,29 @@ class GappedHashes(Sequence[BlockHash]):
         return self._rest[index - self._begin]
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What an eviction dropped: ``g`` tokens, and the hashes of as many pages."""
+
+    tokens: Sequence[int]
+    hashes: Sequence[BlockHash]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What a stream was when it lost its pages (``comeback``)."""
+
+    evictions: int
+    evicted: int
+    """Of its chain, as ``Stream`` counts them."""
+    dropped: Dropped | None
+    """By the last of them."""
+    hashes: GappedHashes
+    """Of the full pages of its chain."""
+    sinks: Sequence[BlockHash]
+    anchors: Sequence[tuple[int, BlockHash]]
+
+
 def take_parked(request: Request) -> Parked | None:
     """What ``request`` says of its stream, which is no business of the workers'."""
     params = request.sampling_params
@@ -60,11 +84,13 @@ def take_parked(request: Request) -> Parked | None:
 
 
 def least_pages(schedule: Schedule, parked: Parked | None, block_size: int) -> int:
-    """Fewest pages before a boundary whose window lies behind the gap; 0 without one."""
+    """Fewest pages before a boundary past the capacity, whose window lies behind a gap."""
+    past = schedule.capacity // block_size + 1
     evictions = evictions_in_gap(schedule, parked)
     if not evictions:
-        return 0
-    return cdiv(schedule.capacity + (evictions - 1) * schedule.stride, block_size)
+        return past
+    behind = cdiv(schedule.capacity + (evictions - 1) * schedule.stride, block_size)
+    return max(behind, past)
 
 
 def evictions_in_gap(schedule: Schedule, parked: Parked | None) -> int:

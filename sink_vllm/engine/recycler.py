@@ -10,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.engine.ahead import composable_at
+from sink_vllm.engine.comeback import come_back, dropped_next, find, lose, wait_on
 from sink_vllm.engine.hashing import PageHasher
 from sink_vllm.engine.hibernation.kept import Hibernation
 from sink_vllm.engine.parked import anchor_position, anchors_of, least_pages, take_parked
@@ -183,14 +184,17 @@ class Recycler:
     def preempted(self, request: Request) -> None:
         """A request lost its pages: its survivors become the prompt of a stream of their own.
 
-        They are recomputed as a dense prompt, at rope offset 0, and hashed as one.
+        They are recomputed as a dense prompt, at rope offset 0, and hashed as one; unless the
+        pages are found when it is admitted again (``comeback``).
         """
         stream = self.streams[request.request_id]
         self.tables.ledger.cancel(request.request_id)
         if stream.parked is not None:
             self.account.due.add(request.request_id)
         if stream.evictions:
-            stream.rebuilds += 1
+            if stream.chain_evictions:
+                stream.is_lost = True
+                stream.lost = lose(request, stream, self.tables.block_size)
             stream.rebuilt()
             # The workers must hear of it even if they never heard of the last eviction.
             self.to_refresh.add(request.request_id)
@@ -230,6 +234,7 @@ class Recycler:
         moves = self.tables.evict(request.request_id, stream.schedule, window_delta, sink_delta)
         if moves is None:
             return False
+        stream.dropped = dropped_next(request, stream, self.tables.block_size)
         reanchor = bool(window_delta)
         self.tables.ledger.plan(request.request_id, moves)
         compact(request, stream)
@@ -239,7 +244,8 @@ class Recycler:
         stream.reanchorings += reanchor
         self.account.stats.reanchorings += reanchor
         self.account.stats.composed_ahead += is_ahead
-        self._count(request, stream, 1)
+        self._count(request, stream, not stream.repeats)
+        stream.repeats = False
         return True
 
     def _next_deltas(self, stream: Stream) -> tuple[int, int]:
@@ -282,8 +288,8 @@ class Recycler:
         if request._block_hasher is not None and self.hasher.survives_eviction(schedule):
             pages = EvictionPages.of(schedule, size)
             begin, end = pages.sink_full, pages.sink_full + pages.dropped
+            stream.sinks = stream.sinks or request.block_hashes[: pages.sinks]
             if stream.parked is not None:
-                stream.sinks = stream.sinks or request.block_hashes[: pages.sinks]
                 position = anchor_position(schedule, stream.chain_evictions, size)
                 stream.anchors.append((position, request.block_hashes[end - 1]))
             if self.hibernation is not None:
@@ -303,8 +309,11 @@ class Recycler:
 
     def look_up(self, request: Request) -> FoundPages | None:
         """Cached sink pages and the cached window before the longest cached boundary of a waiting
-        long prompt: it can start from them, no page in between is needed. Changes nothing."""
+        long prompt, or of a stream that lost its pages: it can start from them, no page in between
+        is needed. Changes nothing."""
         stream = self.streams[request.request_id]
+        if stream.lost is not None:
+            return find(request, stream, stream.lost, self.tables)
         if stream.prompt is None:
             return None
         size = self.tables.block_size
@@ -322,8 +331,10 @@ class Recycler:
             Its cached tokens.
         """
         stream = self.streams[request.request_id]
-        assert stream.prompt is not None
         assert self.hasher is not None
+        if stream.lost is not None:
+            return come_back(request, stream, stream.lost, self.hasher, found, self.tables)
+        assert stream.prompt is not None
         schedule, tokens = stream.schedule, stream.prompt
         size = self.tables.block_size
         computed = found.end * size
@@ -336,10 +347,10 @@ class Recycler:
         stream.reanchorings = self.tables.anchors.reanchorings(evictions)
         cached = _cached(stream, tokens, computed + 1, computed)
         show(request, stream, cached, tokens, computed - stream.missing)
+        hashes = stream.prompt_hashes
+        stream.sinks = hashes[: self.tables.num_sink_pages(schedule)]
         if stream.parked is not None:
-            hashes = stream.prompt_hashes
             stream.anchors.extend(anchors_of(schedule, stream.parked, hashes, evictions, size))
-            stream.sinks = hashes[: self.tables.num_sink_pages(schedule)]
             stream.resumed_from = stream.brought_from or "cache"
         self.hasher.resume(request, stream, found.end)
         return len(cached)
@@ -347,6 +358,11 @@ class Recycler:
     def show_whole(self, request: Request) -> None:
         """Take :meth:`show_resumed` back: the request waits on, as if it had not been found."""
         stream = self.streams[request.request_id]
+        if stream.lost is not None:
+            assert self.hasher is not None
+            wait_on(request, stream, stream.lost, self.tables)
+            self.hasher.install(request, stream)
+            return
         self.to_refresh.discard(request.request_id)
         assert stream.prompt is not None
         stream.restart()
@@ -364,8 +380,12 @@ class Recycler:
         self.to_refresh.add(request.request_id)
 
     def started(self, request: Request, *, resumed: bool) -> None:
-        """A request runs: its prompt is not looked up any more."""
+        """A request runs: its prompt, or what it lost, is not looked up any more."""
         stream = self.streams[request.request_id]
+        if stream.is_lost:
+            stream.is_lost, stream.lost = False, None
+            stream.rebuilds += not resumed
+            self.account.due.add(request.request_id)
         if stream.prompt is None:
             return
         if resumed:

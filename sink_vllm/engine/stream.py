@@ -29,7 +29,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from sink_vllm.engine.output_tail import keep_evicted
-from sink_vllm.engine.parked import ANCHORS, told
+from sink_vllm.engine.parked import ANCHORS, Dropped, Lost, told
 from sink_vllm.policy.parked import CHAIN, Parked, ResumedFrom
 from sink_vllm.policy.schedule import Schedule
 from sink_vllm.policy.stats import StreamingLLMStats
@@ -108,6 +108,14 @@ class Stream:
     """Stream position minus cache position of every window token."""
     evictions: int = 0
     reanchorings: int = 0
+    is_lost: bool = False
+    """Whether it waits without the pages it had after evictions."""
+    lost: Lost | None = None
+    """What those can be found by, if that is known."""
+    dropped: Dropped | None = None
+    """By the last eviction of the chain, of a session."""
+    repeats: bool = False
+    """Whether its next eviction has been made and counted before (``comeback``)."""
     rebuilds: int = 0
     """How often it was computed again from the tokens left in its cache: keys, and the states of
     recurrent layers, have lost what they knew of evicted ones."""
@@ -177,7 +185,7 @@ class Stream:
     def rebuilt(self) -> None:
         """The cache is built anew, from the tokens in it as a prompt of its own."""
         self.chain_evictions = self.evicted_from_chain = 0
-        self.last_hash = None
+        self.last_hash = self.dropped = None
         self.prompt_hashes = []
         self.forget_anchors()
 

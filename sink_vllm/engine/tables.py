@@ -217,7 +217,7 @@ class PageTables:
         return EvictionPages.of(schedule, self.block_size).sinks
 
     def find_resume(
-        self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int, least: int = 0
+        self, schedule: Schedule, hashes: Sequence[BlockHash], num_pages: int, least: int
     ) -> FoundPages | None:
         """The longest boundary a stream with these page hashes can be resumed at.
 
@@ -225,10 +225,10 @@ class PageTables:
             schedule: of the stream.
             hashes: of the full pages of the stream, from its start.
             num_pages: consider boundaries of at most that many pages,
-            least: and of at least that many.
+            least: and of at least that many, which have ``C`` tokens or more.
 
         Returns:
-            The cached pages, past the capacity; ``None`` if the sink pages, or every window, have
+            The cached pages; ``None`` if the sink pages, or every window, have
             gaps in the cache.
         """
         end = self.longest_resume(schedule, hashes, num_pages, least, _is_cached)
@@ -261,7 +261,7 @@ class PageTables:
 
         return longest_boundary(
             min(num_pages, len(hashes)),
-            max(least, schedule.capacity // self.block_size + 1),
+            least,
             [
                 needed(first, partial(first.first_page, schedule)),
                 *(needed(one, one.first_page) for one in self.windowed),

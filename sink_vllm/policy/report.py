@@ -8,13 +8,13 @@ a KV connector, which the policy refuses)::
         "evicted_tokens": 96, "evictions": 3, "rope_reanchorings": 0, "stream_position": 300}}
 
 ``stream_position`` counts prompt and output tokens. ``rebuilds`` is there if it is not 0: how often
-the stream, after it had evicted, lost its pages (to a reset, or to a request of higher priority)
-and was computed again from the tokens left in it. What keys, and the states of recurrent layers,
-knew of evicted text is gone then. With ``n > 1`` or several prompts the numbers
-are totals, ``stream_position`` is left out, and ``"choices"`` lists every choice that evicted,
-with its ``"index"``. Responses that evicted nothing stay as vLLM makes them. vLLM's streams leave
-the field out; there it is added to the last chunk of each choice (the one with its
-``finish_reason``), about that choice.
+the stream, after it had evicted, lost its pages (to a reset, or to a request of higher priority),
+did not find them in the prefix cache and was computed again from the tokens left in it. What keys,
+and the states of recurrent layers, knew of evicted text is gone then. With ``n > 1`` or several
+prompts the numbers are totals, ``stream_position`` is left out, and ``"choices"`` lists every
+choice that evicted, with its ``"index"``. Responses that evicted nothing stay as vLLM makes them.
+vLLM's streams leave the field out; there it is added to the last chunk of each choice (the one with
+its ``finish_reason``), about that choice.
 
 Contract for the scheduler: set ``EngineCoreOutput.kv_transfer_params["streaming_llm"]`` to a
 ``Report`` of the stream so far, on the first output after each eviction (a skipped part of a

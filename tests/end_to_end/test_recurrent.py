@@ -2,17 +2,22 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.v1.request import RequestStatus
 
+from tests.end_to_end.test_parked import Setup
+from tests.end_to_end.test_sessions import Session
 from tests.support.engine import (
     Engine,
     Generated,
     asynchronous_scheduling,
     check_all_free,
     greedy_params,
+    logprobs_of,
     running_engine,
 )
 from tests.support.families_hybrid import HYBRIDS
@@ -20,6 +25,7 @@ from tests.support.family import write_family
 from tests.support.judge import TOLERANCE, judge, random_tokens
 from tests.support.oracle_hf import HFOracle
 from tests.support.serving import Client, report, tiny_server
+from tests.support.tiny_models import VOCAB_SIZE
 
 PAGE = 64
 FALCON = next(one for one in HYBRIDS if one.name == "Falcon-H1")
@@ -127,6 +133,78 @@ def test_random_requests_and_aborts_leave_all_pages_free(engine: Engine) -> None
     assert aborts >= 5
 
 
+def turn_of(session: Session, before: Generated | None) -> Generated:
+    """Step until a session waits for its next input; what it said, and its account by then."""
+    engine = session.engine
+    outputs: list[Any] = []
+    while engine.scheduler.requests[session.name].status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+        outputs += engine.llm.llm_engine.step()
+    steps: list[Any] = [one.outputs[0] for one in outputs]
+    told = [one.kv_transfer_params["streaming_llm"] for one in outputs if one.kv_transfer_params]
+    assert not any("rebuilds" in one for one in told)
+    evictions = told[-1]["evictions"] if told else before.evictions if before else 0
+    tokens = [token for one in steps for token in one.token_ids]
+    session.stream += tokens[:-1]
+    return replace(
+        Generated.of(outputs[-1]),
+        tokens=tokens,
+        logprobs=[
+            known[token].logprob
+            for one in steps
+            for known, token in zip(logprobs_of(one), one.token_ids, strict=True)
+        ],
+        evictions=evictions,
+        evicted_tokens=evictions * POLICY.g,
+    )
+
+
+@pytest.mark.engine
+def test_a_session_goes_on_from_the_state_before_its_last_token(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that runs ahead of the token that ends a turn has put that token into the state.
+    The session loses its pages for it, and finds them again: one stream, from its first token."""
+    lost: list[int] = []
+    give_way = engine.scheduler._give_way
+
+    def noted(request: Any) -> None:
+        lost.append(engine.scheduler.recycler.streams[request.request_id].evictions)
+        give_way(request)
+
+    monkeypatch.setattr(engine.scheduler, "_give_way", noted)
+    oracle, session, answer = HFOracle(folder), Session(engine, "talk"), None
+    for number in range(8):
+        stops = list(range(number, VOCAB_SIZE, 16))
+        session.send(random_tokens(70, 70 + number), 60, stop_token_ids=stops)
+        stream = list(session.stream)
+        answer = turn_of(session, answer)
+        print(judge(oracle, POLICY, [stream], [answer]), len(answer.tokens))
+    session.close()
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.llm.llm_engine.step()
+
+    assert sum(evictions > 0 for evictions in lost) >= 4
+    check_all_free(engine)
+
+
+@pytest.mark.engine
+def test_a_stored_stream_goes_on_from_its_state(engine: Engine, folder: Path) -> None:
+    """What ``/v1/streams`` sends of it, to steps that run ahead: the tokens of one stream."""
+    setup = Setup(POLICY, engine, HFOracle(folder))
+    (stream,) = streams = setup.streams(1)
+    resumed = 0
+    for turn in range(7):
+        before, gap = list(stream.all), stream.held.missing
+        new = random_tokens(50 + 9 * turn, 20 + turn)
+        answers, (chain,) = setup.append(streams, [new], 45)
+        print(judge(setup.oracle, POLICY, [[*before, *new]], answers))
+        assert chain.base == 0
+        if gap:
+            resumed += chain.resumed_from == "cache"
+            assert len(before) - answers[0].cached_tokens <= 1 + PAGE + POLICY.g
+    assert resumed >= 3
+
+
 @pytest.mark.engine
 def test_account_tells_that_a_state_was_rebuilt(engine: Engine, folder: Path) -> None:
     """An operator's reset: the stream goes on from its survivors as from a prompt, and says so."""
@@ -157,6 +235,21 @@ def test_account_tells_that_a_state_was_rebuilt(engine: Engine, folder: Path) ->
         forced=[result.tokens[before : before + 150]],
     )
     assert expected[0].logprobs == pytest.approx(result.logprobs[before:300], abs=TOLERANCE)
+
+
+@pytest.mark.engine
+def test_what_is_cut_from_a_prompt_is_not_in_the_state(folder: Path) -> None:
+    """``--sink-prompt truncate``: the state begins with the survivors, as the cache does."""
+    truncate = replace(POLICY, prompt="truncate")
+    with running_engine(folder, truncate) as engine:
+        cut = engine.greedy([PROMPTS[3], PROMPTS[0]], 200)
+        check_all_free(engine)
+
+    oracle = HFOracle(folder)
+    verdict = judge(oracle, truncate, [PROMPTS[3], PROMPTS[0]], cut)
+    (streamed,) = oracle.run([PROMPTS[3]], POLICY.S, POLICY.W, POLICY.g, 20)
+    assert verdict.least_evictions >= 2
+    assert streamed.tokens != cut[0].tokens[:20]
 
 
 @pytest.mark.server

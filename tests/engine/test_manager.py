@@ -410,7 +410,8 @@ def test_resume_needs_the_same_tokens_salt_and_policy() -> None:
         assert other.hasher is not None
         hashes = other.hasher.hashes(request, schedule, tokens)
         pool.ledger.begin()
-        found = pool.tables.find_resume(schedule, hashes, (len(tokens) - 1) // BLOCK)
+        least = schedule.capacity // BLOCK + 1
+        found = pool.tables.find_resume(schedule, hashes, (len(tokens) - 1) // BLOCK, least)
         return None if found is None else found.end
 
     assert boundary(schedule, tokens, None) == 19

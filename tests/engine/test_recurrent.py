@@ -69,10 +69,15 @@ def test_short_requests_have_a_state_too() -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_turn_that_is_stopped_leaves_no_token_in_the_state(asynchronous: bool) -> None:
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
+def test_a_turn_that_is_stopped_leaves_no_token_in_the_state(
+    asynchronous: bool, caching: bool, v2: bool
+) -> None:
     """With asynchronous scheduling the next token is computed before the stop token is known. Keys
-    of it are overwritten; a state would keep it, so it is computed again without."""
-    core = Core(replace(SETTINGS, asynchronous=asynchronous))
+    of it are overwritten; a state would keep it, so the stream goes on from one before, which the
+    prefix cache has. Without, it is computed again from the survivors, and says so."""
+    core = Core(replace(SETTINGS, asynchronous=asynchronous, caching=caching, v2=v2))
     stop = made_up("s", 30)
     core.send("s", range(10), 50, resumable=True, stop=[stop])
     report: dict[str, int] = {}
@@ -87,4 +92,5 @@ def test_a_turn_that_is_stopped_leaves_no_token_in_the_state(asynchronous: bool)
 
     assert not core.scheduler.requests
     assert report["evictions"] >= 5
-    assert ("rebuilds" in report) == asynchronous
+    assert ("rebuilds" in report) == (asynchronous and not caching)
+    assert bool(core.model.content.copied) == (asynchronous and caching)

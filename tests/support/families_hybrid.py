@@ -38,7 +38,6 @@ HYBRIDS = (
         model="FalconH1",
         special="Mamba2 beside attention in every layer",
         recurrent=True,
-        on_v2=False,
         settings=MAMBA,
     ),
     Family(
@@ -47,7 +46,6 @@ HYBRIDS = (
         special="Mamba2, attention without positions (NoPE)",
         positions="none",
         recurrent=True,
-        on_v2=False,
         settings={
             **{name: value for name, value in MAMBA.items() if name != "mamba_d_ssm"},
             "num_hidden_layers": 4,
@@ -65,7 +63,6 @@ HYBRIDS = (
         special="Mamba2, attention without positions (NoPE), layers without either",
         positions="none",
         recurrent=True,
-        on_v2=False,
         settings={
             "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
             "mamba_num_heads": 4,
@@ -81,7 +78,6 @@ HYBRIDS = (
         model="Lfm2",
         special="short convolutions",
         recurrent=True,
-        on_v2=False,
         stride=32,  # a state is smaller than a page
         settings={
             "num_hidden_layers": 4,
@@ -101,7 +97,6 @@ HYBRIDS = (
         dtype="bfloat16",
         torch_convolutions=True,
         recurrent=True,
-        on_v2=False,
         settings={
             **GDN,
             **rope(partial_rotary_factor=0.5, mrope_section=[6, 5, 5], mrope_interleaved=True),
@@ -114,7 +109,6 @@ HYBRIDS = (
         dtype="bfloat16",
         torch_convolutions=True,
         recurrent=True,
-        on_v2=False,
         settings={
             **GDN,
             **rope(partial_rotary_factor=0.5),

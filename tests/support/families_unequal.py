@@ -51,7 +51,6 @@ UNEQUAL = (
         name="Gemma 4 31B",
         quick=True,
         model="Gemma4Text",
-        on_v2=False,
         special="hybrid, fewer and longer heads in layers without a window, whose values are keys, "
         "too; a part of the pairs rotated, with the frequencies of all",
         settings=GEMMA_4_31B,
@@ -60,7 +59,6 @@ UNEQUAL = (
     Family(
         name="Gemma 4 26B-A4B",
         model="Gemma4Text",
-        on_v2=False,
         special="the same, mixture of experts, window into the sinks: pages of several sizes "
         "behind one table",
         quick=True,
@@ -78,7 +76,6 @@ UNEQUAL = (
         name="Gemma 4 E2B, E4B",
         quick=True,
         model="Gemma4Text",
-        on_v2=False,
         special="hybrid, longer heads in layers without a window, layers that read the cache of "
         "another, embeddings per layer",
         settings={
@@ -116,7 +113,6 @@ UNEQUAL = (
     Family(
         name="Gemma 4, multimodal",
         model="Gemma4",
-        on_v2=False,
         special="as Gemma 4 31B",
         settings=GEMMA_4_31B,
         media={
@@ -137,7 +133,6 @@ UNEQUAL = (
     Family(
         name="MiMo-V2-Flash, values as long as keys",
         model="MiMoV2Flash",
-        on_v2=False,
         special="hybrid, more heads of keys and learned softmax sinks in layers with a window, two "
         "bases of rotation, partial rotation, sigmoid router with a bias",
         settings={

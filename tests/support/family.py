@@ -57,8 +57,6 @@ class Family:
     torch_convolutions: bool = False
     """Whether vLLM's convolutions of gated delta nets must be those in torch: its op for CPUs with
     AVX512-BF16 takes no single token out of a wider projection, and fails on Qwen3.5."""
-    on_v2: bool = True
-    """Whether it is run on V2, too, under Triton's interpreter."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the engine."""
     tied_gain: float = 4.0

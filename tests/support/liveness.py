@@ -100,8 +100,20 @@ class Watch:
 
         watch_preemptions(self.core.scheduler, before=lambda _: self.reach.update(("preemptions",)))
         self.core.scheduler.recycler.evict = counted_evict
+        self._count_found(self.core.scheduler.recycler)
         self._count_ahead(self.core.scheduler.recycler)
         self._kept = watch_pages(self.core) if settings.slots else None
+
+    def _count_found(self, recycler: Any) -> None:
+        started = recycler.started
+
+        def counted(request: Request, *, resumed: bool) -> None:
+            is_lost = recycler.streams[request.request_id].is_lost
+            self.reach["rebuilds"] += is_lost and not resumed
+            self.reach["found again"] += is_lost and resumed
+            started(request, resumed=resumed)
+
+        recycler.started = counted
 
     def _count_ahead(self, recycler: Any) -> None:
         give_back = recycler.give_back_ahead

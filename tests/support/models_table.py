@@ -31,10 +31,12 @@ Streams have 500 tokens, 100 different ones among them, and 10 or more evictions
 where a page that holds a state is larger), and a re-anchoring where keys are rotated (with ALiBi
 and NoPE they are not). On V1 a conversation past the capacity is sent again, too, and resumed from
 the cache (not with latent attention, for which vLLM keeps no prefixes on CPUs). The streams are the
-same ones on both of vLLM's model runners, where the column does not say that it was not run:
+same ones on both of vLLM's model runners:
 
 - **V1**, which vLLM uses on CPUs;
-- **V2**, which it uses on GPUs, here under Triton's interpreter.
+- **V2**, which it uses on GPUs, here under Triton's interpreter. Models with recurrent layers go on
+  from states in the prefix cache there, too, with steps that run ahead
+  (`tests/worker/test_v2_runner.py`).
 
 Routers of experts that are a sigmoid in published checkpoints of MiniMax M2 and Step 3.5 are a
 softmax here: vLLM's router on CPUs takes nothing else where experts have no groups.
@@ -142,11 +144,10 @@ def _served(one: Served) -> str:
 
 def _tested(family: Family) -> str:
     special = f"text alone; {family.special}" if family.text_alone else family.special
-    v1, v2 = ("exact" if family.dtype == "float32" else "as close as before evictions",) * 2
-    if not family.on_v2:
-        v2 = "not run"
+    exact = "exact" if family.dtype == "float32" else "as close as before evictions"
     return (
-        f"| {family.name} | `{family.model}Config` | {special} | {family.backend} | {v1} | {v2} |"
+        f"| {family.name} | `{family.model}Config` | {special} | {family.backend} "
+        f"| {exact} | {exact} |"
     )
 
 

@@ -46,6 +46,8 @@ class PageContent:
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What the state of a request must be, and its last token; it begins anew where nothing is
     computed yet."""
+    past: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    """What it was, by stream position, since it began anew."""
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """What clients sent first, by request: a state may begin as that after some of it."""
     copied: int = 0
@@ -60,6 +62,7 @@ class PageContent:
         for request_id in planned.finished_req_ids:
             self.rows.pop(request_id, None)
             self.states.pop(request_id, None)
+            self.past.pop(request_id, None)
         plan = StepPlan.of(planned) or StepPlan()
         self._learn_new(planned, plan)
         self._learn_cached(planned)
@@ -124,6 +127,9 @@ class PageContent:
     def _run_states(self, request_id: str, chunk: int) -> None:
         """A state goes on from what is in its page, unless its request begins."""
         row = self.rows[request_id]
+        if not row.computed:
+            self.past[request_id] = {}
+        past = self.past.setdefault(request_id, {})
         known, last = self._state_before(request_id) if row.computed else (0, None)
         for group, window in enumerate(self.windows):
             if window == self.RECURRENT and row.computed:
@@ -132,8 +138,10 @@ class PageContent:
         if row.computed:
             wanted = row.tokens[row.computed - 1]
             assert last == wanted, f"{request_id}: its state is that after {last}, not {wanted}"
-        for token in row.tokens[row.computed : row.computed + chunk]:
+        position = (row.evicted or 0) + row.computed
+        for number, token in enumerate(row.tokens[row.computed : row.computed + chunk], 1):
             known, last = hash((known, token)), token
+            past[position + number] = known, last
         assert last is not None
         self.states[request_id] = known, last
         for group, window in enumerate(self.windows):
@@ -144,12 +152,15 @@ class PageContent:
         """What the state of a request must be before a step: that after the step before, or after
         as many tokens of its own, evicted ones too, if it comes from the prefix cache."""
         row = self.rows[request_id]
-        if request_id in self.states:
-            known, last = self.states[request_id]
-            groups = [one for one, window in enumerate(self.windows) if window == self.RECURRENT]
-            if all(self._page(one, row.tables[one][0]) == [known] for one in groups):
-                return known, last
+        groups = [one for one, window in enumerate(self.windows) if window == self.RECURRENT]
+        found = [self._page(one, row.tables[one][0]) for one in groups]
+        latest = self.states.get(request_id)
+        if latest is not None and found == [[latest[0]]] * len(groups):
+            return latest
         self.copied += 1
+        earlier = self.past[request_id].get((row.evicted or 0) + row.computed)
+        if earlier is not None and found == [[earlier[0]]] * len(groups):
+            return earlier
         known, last = 0, -1
         for token in self._tokens_before(request_id, row):
             known, last = hash((known, token)), token

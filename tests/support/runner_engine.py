@@ -66,6 +66,13 @@ def switch_async_scheduling_on() -> None:
     CpuPlatform.check_and_update_config = staticmethod(check_and_switch_on)  # type: ignore[method-assign]
 
 
+def use_torch_convolutions() -> None:
+    """What ``Family.torch_convolutions`` asks for."""
+    import torch
+
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+
+
 def flatten_logits(model: Any) -> None:
     """Make all tokens equally likely, so that the sampler's noise alone decides."""
     model.logits_processor.scale = 1e-9
@@ -158,6 +165,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     if job["engine"].get("async_scheduling"):
         switch_async_scheduling_on()
+    if job["torch_convolutions"]:
+        use_torch_convolutions()
     print(json.dumps(run(job)))
 
 

@@ -72,6 +72,7 @@ def run_job(
     environment: Mapping[str, str],
     *,
     watch: bool = True,
+    torch_convolutions: bool = False,
     **engine: Any,
 ) -> Ran:
     """Run batches one after the other on one engine, in a process of its own.
@@ -80,6 +81,7 @@ def run_job(
         policy: ``None`` for none.
         environment: variables of the process, which decide the runner.
         watch: note the positions of all steps; the model must have one rotary table.
+        torch_convolutions: of gated delta nets, whatever the processor has (``Family``).
         engine: for ``vllm.LLM``.
     """
     job = {
@@ -88,6 +90,7 @@ def run_job(
         "engine": {"max_num_batched_tokens": 100, **engine},
         "batches": [dataclasses.asdict(batch) for batch in batches],
         "watch": watch,
+        "torch_convolutions": torch_convolutions,
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.runner_engine"],

@@ -17,8 +17,9 @@ from tests.conftest import ModelFactory
 from tests.models import test_models as models
 from tests.support.engine import Policy, running_engine
 from tests.support.families import FAMILIES
+from tests.support.families_hybrid import HYBRIDS
 from tests.support.family import Family, write_family
-from tests.support.judge import judge, random_tokens
+from tests.support.judge import differences, judge, judge_rounded, random_tokens
 from tests.support.judge_stored import judge_turns
 from tests.support.oracle import Oracle
 from tests.support.oracle_hf import HFOracle
@@ -55,6 +56,12 @@ BATCHES = [
 def run_v2(model: Path, batches: Sequence[Batch], policy: Policy = POLICY, **job: Any) -> Ran:
     """Run batches on the V2 runner, interpreted, in a process of its own."""
     return run_job(model, batches, policy, INTERPRETED_V2, **job)
+
+
+def run_family(folder: Path, family: Family, batches: Sequence[Batch], **engine: Any) -> Ran:
+    """The same of a row of the table of models."""
+    job = {**family.engine, **engine, "torch_convolutions": family.torch_convolutions}
+    return run_v2(folder, batches, family.policy, watch=False, **job)
 
 
 @pytest.fixture(scope="module")
@@ -210,20 +217,54 @@ def test_v2_min_tokens_counts_evicted_tokens(sync: Ran) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", [one for one in FAMILIES if one.on_v2], ids=lambda family: family.slug
-)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.slug)
 def test_v2_family_streams_exactly(family: Family, tmp_path: Path) -> None:
     """What every family is held to on V1 (``tests.models.test_models``), on this runner."""
     folder = write_family(tmp_path, family)
     batch = Batch(models.PROMPTS, [GREEDY | {"max_tokens": family.tokens}] * 2)
 
-    ran = run_v2(folder, [batch], family.policy, watch=False, **family.engine)
+    ran = run_family(folder, family, [batch])
 
     verdict = models.judge_family(family, HFOracle(folder), ran.batches[0])
     print(family.name, verdict)
     assert ran.runner == "StreamingLLMCPUModelRunnerV2"
     models.check(family, verdict, ran.batches[0], ran.model, ran.still)
+
+
+@pytest.mark.parametrize("family", [models.case_of(one, engine=False) for one in HYBRIDS])
+def test_v2_goes_on_from_cached_states(family: Family, tmp_path: Path) -> None:
+    """Recurrent layers with a prefix cache, steps that run ahead and chunks smaller than a page:
+    streams whose states are copied at every page end, and one that is sent again and goes on from
+    such a copy."""
+    capacity, folder = family.policy.capacity, write_family(tmp_path, family)
+    sent, more = random_tokens(2 * capacity + 10, 1), random_tokens(40, 2)
+    prompts = [[sent, random_tokens(20, 3)], [sent + more, random_tokens(30, 4)]]
+    params = GREEDY | {"max_tokens": capacity - 18}
+
+    batches = [Batch(one, [params] * 2) for one in prompts]
+    ran = run_family(
+        folder,
+        family,
+        batches,
+        async_scheduling=True,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=48,
+    )
+
+    assert ran.runner == "StreamingLLMCPUModelRunnerV2"
+    assert ran.scheduler == "StreamingLLMAsyncScheduler"
+    oracle = HFOracle(folder)
+    (begun, _), (resumed, other) = ran.batches
+    assert begun.evictions >= 3
+    assert other.evictions >= 1
+    assert (begun.cached_tokens, other.cached_tokens) == (0, 0)
+    assert capacity < resumed.cached_tokens < len(sent)
+    if family.dtype == "float32":
+        for one, results in zip(prompts, ran.batches, strict=True):
+            print(family.name, judge(oracle, family.policy, one, results))
+    else:
+        whole = differences(oracle, family.policy, prompts[0], ran.batches[0])
+        print(judge_rounded(oracle, family.policy, prompts[1], ran.batches[1], whole))
 
 
 def test_v2_self_test_goes_through_the_graphs_of_decode_steps(sync: Ran) -> None:
