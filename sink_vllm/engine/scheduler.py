@@ -51,6 +51,8 @@ class StreamingLLMMixin(AdmittingMixin):
         self._refreshed: list[NewRequestData] = []
         self._steps_stalled = 0
         self._states = StateCopies(self.recycler.tables)
+        self._spoilt: list[Request] = []
+        """Sessions of this step whose recurrent states have a token in them that is dropped."""
         self._log_start()
 
     def _log_start(self) -> None:
@@ -114,7 +116,7 @@ class StreamingLLMMixin(AdmittingMixin):
         spoilt = bool(self.recycler.tables.recurrent and request.num_output_placeholders)
         finished = super()._handle_stopped_request(request)
         if spoilt and not finished:
-            self._give_way(request)
+            self._spoilt.append(request)
         return finished
 
     def _free_request(
@@ -276,6 +278,9 @@ class StreamingLLMMixin(AdmittingMixin):
         if self.hibernation is not None:
             self.hibernation.done(StepPlan.of(scheduler_output))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in self._spoilt:  # from 0.33 on vLLM lets them wait only now
+            self._give_way(request)
+        self._spoilt = []
         due = self.recycler.account.due
         if due:
             for output in itertools.chain(*(o.outputs for o in outputs.values())):
