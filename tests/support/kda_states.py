@@ -45,7 +45,11 @@ def kernel(page: int, states: torch.Tensor, token: dict[str, torch.Tensor]) -> t
 
     indices: Any = torch.tensor([page], dtype=torch.int32)
     output, _ = fused_recurrent_kda(
-        *(token[name] for name in ("q", "k", "v", "g", "beta")),
+        q=token["q"],
+        k=token["k"],
+        v=token["v"],
+        g=token["g"],
+        beta=token["beta"],
         initial_state=states,
         inplace_final_state=True,
         use_qk_l2norm_in_kernel=True,
