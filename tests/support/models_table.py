@@ -40,6 +40,8 @@ same ones on both of vLLM's model runners:
 
 Routers of experts that are a sigmoid in published checkpoints of MiniMax M2 and Step 3.5 are a
 softmax here: vLLM's router on CPUs takes nothing else where experts have no groups.
+In Qwen3-Next all experts are chosen: a router that chooses some takes others now and then where
+bfloat16 rounds, before evictions as well, and that difference would hide every other.
 
 *Text alone* is a multimodal model with `--language-model-only`, run by vLLM's multimodal class.
 Prompts contain what stands for an image in its vocabulary, as text; requests with images get a 400
