@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from vllm.config import LoRAConfig, SpeculativeConfig, VllmConfig
@@ -381,15 +382,16 @@ class Core(EngineCore):
             prefix_cache_retention_interval=config.cache_config.prefix_cache_retention_interval,
         )
         block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(settings.v2))
-        self.scheduler = make_scheduler(
-            config,
-            kv_cache_config=kv_cache_config,
-            structured_output_manager=manager,
-            block_size=block_size,
-            hash_block_size=hash_block_size,
-            log_stats=settings.log_stats,
-        )
+        # Read once, and not left to whoever starts an engine in this process next.
+        with mock.patch.dict(os.environ, VLLM_USE_V2_MODEL_RUNNER=str(int(settings.v2))):
+            self.scheduler = make_scheduler(
+                config,
+                kv_cache_config=kv_cache_config,
+                structured_output_manager=manager,
+                block_size=block_size,
+                hash_block_size=hash_block_size,
+                log_stats=settings.log_stats,
+            )
         windows = [
             PageContent.RECURRENT
             if isinstance(one, MambaSpec)
