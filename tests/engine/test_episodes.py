@@ -36,7 +36,7 @@ REACH = {
     "windowed": 0.1,
     "recurrent": 0.1,
     "states found": 0.02,
-    "found again": 0.002,
+    "found again": 0.0004,
     "drafts accepted": 1,
     "pages brought back": 0.1,
     "evictions with drafts": 0.3,
