@@ -6,11 +6,11 @@ Needs matplotlib (``pip install -e ".[bench]"``). A point of perplexity is 100,0
 repetition of the text; memory is that of all processes of the server together.
 """
 
-import argparse
 import math
 import statistics
 from pathlib import Path
 
+from benchmarks import plot
 from benchmarks.one_request import BUCKET
 from benchmarks.quality.texts import REPEATED
 from benchmarks.rows import Row, read
@@ -29,34 +29,20 @@ def by_repetition(rows: list[Row]) -> dict[int, float]:
 
 def write(run: Path) -> Path:
     """The figure, beside the rows."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "sink_vllm"  # the same data, the same file
-    from matplotlib import pyplot as plt
-
     rows = read(run)
-    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(6, 4.5), layout="constrained")
-    found = by_repetition(rows["losses.jsonl"])
-    upper.plot(list(found), list(found.values()), ".-")
-    upper.set(ylabel="perplexity")
-    samples = rows["samples.jsonl"]
-    tokens = [row["tokens"] for row in samples]
-    lower.plot(tokens, [sum(row["rss"].values()) / 1e9 for row in samples], color="tab:green")
-    lower.set(ylabel="resident, GB", xlabel="position of the stream, tokens")
-    for panel in (upper, lower):
-        panel.set_ylim(bottom=0)
     path = run / "stream.svg"
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with plot.figure(path, rows=2, sharex=True, figsize=(6, 4.5)) as (upper, lower):
+        found = by_repetition(rows["losses.jsonl"])
+        upper.plot(list(found), list(found.values()), ".-")
+        upper.set(ylabel="perplexity")
+        samples = rows["samples.jsonl"]
+        tokens = [row["tokens"] for row in samples]
+        lower.plot(tokens, [sum(row["rss"].values()) / 1e9 for row in samples], color="tab:green")
+        lower.set(ylabel="resident, GB", xlabel="position of the stream, tokens")
+        for panel in (upper, lower):
+            panel.set_ylim(bottom=0)
     return path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder below benchmarks/results")
-    print(write(parser.parse_args().run), "written")
-
-
 if __name__ == "__main__":
-    main()
+    plot.main(__doc__, write)

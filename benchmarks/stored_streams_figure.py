@@ -5,11 +5,11 @@
 Needs matplotlib (``pip install -e ".[bench]"``). Every append is a point; the line is the median.
 """
 
-import argparse
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks import plot
 from benchmarks.rows import read
 
 
@@ -24,33 +24,19 @@ def seconds_by_position(run: Path) -> dict[int, list[float]]:
 
 def write(run: Path) -> Path:
     """The figure, beside the rows."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "sink_vllm"  # the same data, the same file
-    from matplotlib import pyplot as plt
-
     found = seconds_by_position(run)
-    figure, panel = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for position, seconds in found.items():
-        milliseconds = [1000 * one for one in seconds]
-        panel.plot([position] * len(seconds), milliseconds, ".", color="tab:blue", alpha=0.3)
-    medians = [1000 * statistics.median(seconds) for seconds in found.values()]
-    panel.plot(list(found), medians, color="black", label="median")
-    panel.set(xscale="log", xlabel="position of the stream, tokens", ylabel="append, ms")
-    panel.set_ylim(bottom=0)
-    panel.legend(fontsize=8)
     path = run / "appends.svg"
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with plot.figure(path, figsize=(6, 3.5)) as panel:
+        for position, seconds in found.items():
+            milliseconds = [1000 * one for one in seconds]
+            panel.plot([position] * len(seconds), milliseconds, ".", color="tab:blue", alpha=0.3)
+        medians = [1000 * statistics.median(seconds) for seconds in found.values()]
+        panel.plot(list(found), medians, color="black", label="median")
+        panel.set(xscale="log", xlabel="position of the stream, tokens", ylabel="append, ms")
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize=8)
     return path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder below benchmarks/results")
-    print(write(parser.parse_args().run), "written")
-
-
 if __name__ == "__main__":
-    main()
+    plot.main(__doc__, write)

@@ -92,9 +92,18 @@ def run_job(
         "watch": watch,
         "torch_convolutions": torch_convolutions,
     }
+    result = json_of("tests.support.runner_engine", environment, json.dumps(job))
+    result["batches"] = [[Generated(**one) for one in batch] for batch in result["batches"]]
+    seen, drafts = PositionsSeen(**result["positions"]), [Drafts(*one) for one in result["drafts"]]
+    told = [[Told(*one) for one in batch] for batch in result["told"]]
+    return Ran(**result | {"positions": seen, "drafts": drafts, "told": told})
+
+
+def json_of(module: str, environment: Mapping[str, str], text: str = "") -> Any:
+    """The last line that ``module`` prints in a process of its own, which reads ``text``."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.runner_engine"],
-        input=json.dumps(job),
+        [sys.executable, "-m", module],
+        input=text,
         env=os.environ | ENVIRONMENT | dict(environment),
         cwd=ROOT,
         capture_output=True,
@@ -102,8 +111,4 @@ def run_job(
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    result["batches"] = [[Generated(**one) for one in batch] for batch in result["batches"]]
-    seen, drafts = PositionsSeen(**result["positions"]), [Drafts(*one) for one in result["drafts"]]
-    told = [[Told(*one) for one in batch] for batch in result["told"]]
-    return Ran(**result | {"positions": seen, "drafts": drafts, "told": told})
+    return json.loads(done.stdout.splitlines()[-1])

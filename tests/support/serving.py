@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
-from examples.serving import Server
+from examples.serving import Server, ServerError
 from sink_vllm.policy.schedule import Schedule
 
 SCHEDULE = Schedule(sink_tokens=4, window=92, stride=32)
@@ -25,6 +26,17 @@ def tiny_server(model: Path, *flags: str, environment: Mapping[str, str] | None 
     limits = ["--max-num-seqs", "8", "--num-gpu-blocks-override", "96"]
     served = [str(model), "--served-model-name", MODEL]
     return Server([*served, *engine, *limits, *FLAGS, *flags], environment)
+
+
+def refused_start(server: Server) -> str:
+    """The sentence with which a start ends, before an engine loads and without a traceback."""
+    with pytest.raises(ServerError, match="exit code 1"), server:
+        server.wait(lambda _waited: None)
+    log = server.log.read_text()
+    server.log.unlink()
+    assert "Traceback" not in log
+    assert "EngineCore" not in log
+    return log.rstrip().splitlines()[-1]
 
 
 def prompt_of(num_tokens: int, salt: int = 7) -> list[int]:

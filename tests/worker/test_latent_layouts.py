@@ -6,11 +6,6 @@ spec and buffers on a CPU. What a backend says of its pages is read in vLLM
 under its interpreter (``tests/support/latent_decode.py``).
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
@@ -19,12 +14,10 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from sink_vllm.policy.plan import PageMove
 from sink_vllm.worker.moves.mover import PageMover
 from sink_vllm.worker.pages.layouts import LATENT_BACKENDS
-from tests.conftest import ENVIRONMENT
 from tests.support.fp8 import check_rounded_once
 from tests.support.latent_backends import LatentBackend, names_on_cuda, read
 from tests.support.latent_layers import BLOCKS, LATENT, ROTATED, latent_layers, turned
-from tests.support.paths import ROOT
-from tests.support.runner_job import INTERPRETED_V2
+from tests.support.runner_job import INTERPRETED_V2, json_of
 
 ON_GPUS = [read(name) for name in names_on_cuda() if "SPARSE" not in name]
 PAGES = [
@@ -119,16 +112,7 @@ def test_other_rows_are_refused(backend: str, dtype: str, what: str) -> None:
 def test_triton_reads_what_moves_write() -> None:
     """vLLM's kernel for decode steps, interpreted, over pages after an eviction: the output is that
     of attention with keys numbered by cache position."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.latent_decode"],
-        env=os.environ | ENVIRONMENT | INTERPRETED_V2,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
+    errors = json_of("tests.support.latent_decode", INTERPRETED_V2)
 
     assert errors["moved"] < 1e-4
     assert errors["not moved"] > 0.05  # as a control
