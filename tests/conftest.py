@@ -17,6 +17,8 @@ ENVIRONMENT = {
     "NUMBA_NUM_THREADS": "1",  # which sets OpenMP's, when n-grams are looked up
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # Tables of four capacities, for many re-anchorings in short streams.
+    "SINK_VLLM_ROPE_ROWS": "0",
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)

@@ -24,9 +24,10 @@ def arguments(spec: ServerSpec, scenario: Scenario, dtype: str) -> list[str]:
     own = [flag.format_map(sizes) for flag in spec.flags]
     rows = max(scenario.schedule.capacity + 1, scenario.length, 256)
     overrides = json.dumps({"max_position_embeddings": rows})
-    shared = ["--served-model-name", MODEL_NAME, "--dtype", dtype, "--enforce-eager"]
+    shared = ["--served-model-name", MODEL_NAME, "--dtype", dtype]
+    shared += ["--enforce-eager"] if spec.tuning is None else spec.tuning.flags
     shared += ["--block-size", str(BLOCK), "--enable-prompt-tokens-details"]
-    shared += ["--num-gpu-blocks-override", str(scenario.pool(spec.name) + 1)]
+    shared += ["--num-gpu-blocks-override", str(scenario.pool(spec.kind) + 1)]
     # Room for the short requests of mixed loads beside the streams.
     shared += ["--max-num-seqs", str(max(scenario.streams) + (16 if scenario.rate else 0))]
     shared += ["--hf-overrides", overrides, "--seed", "0"]
@@ -45,6 +46,8 @@ def servers_of(
             yield name, LlamaServer(arm.llama, scenario, models.gguf(scenario.model), threads)
         elif (spec := arm.server) is not None:
             environment = {"VLLM_PLUGINS": "sink_vllm" if spec.plugin else ""}
+            if spec.tuning is not None:
+                environment |= spec.tuning.environment
             yield name, Server(arguments(spec, scenario, dtype), environment)
 
 

@@ -30,9 +30,24 @@ class SpecError(Exception):
 class ServerSpec:
     """A way to start `vllm serve`; flags may name a scenario's sizes in braces."""
 
-    name: str
+    kind: str
     plugin: bool
     flags: tuple[str, ...]
+    tuning: "Tuning | None" = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other servers of a scenario."""
+        return self.kind if self.tuning is None else f"{self.kind}-{self.tuning.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What `vllm serve` can be given to be faster on few processors, in place of the defaults."""
+
+    name: str
+    flags: tuple[str, ...]
+    environment: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +134,12 @@ class Scenario:
         """Tokens of a stream at its end."""
         return (self.prompt + self.tokens) * max(self.turns, 1)
 
-    def pool(self, server: str) -> int:
-        """KV pages of ``server``, without vLLM's null page."""
+    def pool(self, kind: str) -> int:
+        """KV pages of a kind of server, without vLLM's null page."""
         if self.pages is not None:
             return self.pages
         per_stream = pages_per_stream(self.schedule, BLOCK)
-        if server == "long":
+        if kind == "long":
             per_stream = cdiv(self.length, BLOCK)
         extra = 8 * per_stream if self.kind == "mixed" else 0
         return max(self.streams) * (per_stream + 1) + extra
@@ -151,10 +166,19 @@ def load_arms(path: Path = FOLDER / "arms.json") -> dict[str, Arm]:
         name: ServerSpec(name, entry["plugin"], tuple(entry["flags"]))
         for name, entry in content["servers"].items()
     }
-    return {name: _arm(name, entry, servers) for name, entry in content["arms"].items()}
+    tunings = {
+        name: Tuning(name, tuple(entry["flags"]), entry["environment"])
+        for name, entry in content["tunings"].items()
+    }
+    return {name: _arm(name, entry, servers, tunings) for name, entry in content["arms"].items()}
 
 
-def _arm(name: str, entry: Mapping[str, Any], servers: Mapping[str, ServerSpec]) -> Arm:
+def _arm(
+    name: str,
+    entry: Mapping[str, Any],
+    servers: Mapping[str, ServerSpec],
+    tunings: Mapping[str, Tuning],
+) -> Arm:
     peer = entry.get("transformers")
     if peer is not None:
         if peer not in PEERS:
@@ -170,7 +194,12 @@ def _arm(name: str, entry: Mapping[str, Any], servers: Mapping[str, ServerSpec])
         raise SpecError(f"arm {name}: server={entry['server']!r} is none of {', '.join(servers)}")
     if entry["client"] not in CLIENTS:
         raise SpecError(f"arm {name}: client={entry['client']!r} is none of {', '.join(CLIENTS)}")
-    return Arm(name, entry["label"], servers[entry["server"]], entry["client"])
+    server = servers[entry["server"]]
+    if (tuning := entry.get("tuning")) is not None:
+        if tuning not in tunings:
+            raise SpecError(f"arm {name}: tuning={tuning!r} is none of {', '.join(tunings)}")
+        server = dataclasses.replace(server, tuning=tunings[tuning])
+    return Arm(name, entry["label"], server, entry["client"])
 
 
 def load_scenarios(

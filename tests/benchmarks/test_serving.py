@@ -57,7 +57,7 @@ def test_every_scenario_of_the_repository_can_be_run(chosen: str) -> None:
                 assert not any("{" in word and "max_position" not in word for word in words_)
                 # A server refuses to start when one stream does not fit.
                 longest = one.length if server.name == "long" else one.schedule.capacity + 1
-                assert 32 * one.pool(server.name) >= longest
+                assert 32 * one.pool(server.kind) >= longest
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ Keys are rotated in float32, with a table of ours.
 """
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from vllm.model_executor.layers.rotary_embedding import (
@@ -90,6 +91,9 @@ _FREQUENCIES: dict[type, Callable[..., torch.Tensor]] = {
 
 class Rotation:
     """``R(delta)`` of one rotary module, for any integer delta, negative ones included."""
+
+    has_table: ClassVar = True
+    """Whether the module looks up cosines and sines of positions, or computes them."""
 
     def __init__(self, rotary: torch.nn.Module, layer: str) -> None:
         """Take over pairing, dimensions and frequencies of ``rotary``.

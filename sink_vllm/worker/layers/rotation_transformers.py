@@ -7,7 +7,7 @@ self-test has the last word.
 """
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -40,6 +40,8 @@ def kind_of_layer(rotary: nn.Module, layer: str) -> str | None:
 
 class TransformersRotation(Rotation):
     """``R(delta)`` of a rotary module of transformers."""
+
+    has_table: ClassVar = False
 
     def __init__(self, rotary: nn.Module, layer: str, head_size: int) -> None:
         """Take over frequencies and pairing of ``rotary``.

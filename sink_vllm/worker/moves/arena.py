@@ -117,7 +117,11 @@ class Arena:
 
 
 def layout_of(mover: "PageMover", slot_bytes: int) -> str:
-    """What must be the same for pages of one worker to be read by another."""
+    """What must be the same for pages of one worker to be read by another.
+
+    The table's rows are in it: from where on they end, keys are rotated back, and a page does not
+    tell how often its own have been.
+    """
     kinds = [
         (
             layers.index,
@@ -128,6 +132,7 @@ def layout_of(mover: "PageMover", slot_bytes: int) -> str:
             tuple(layers.store.page_strides),
             str(layers.store.dtype),
             layers.budget,
+            None if layers.rotation is None else layers.rotation.table_rows,
         )
         for layers in mover.layer_groups()
     ]
