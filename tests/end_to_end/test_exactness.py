@@ -152,3 +152,25 @@ def test_a_cached_prefix_changes_nothing(setup: Setup) -> None:
         assert all(result.cached_tokens >= 32 for result in again if result.prompt_len > 64)
     else:
         assert not any(result.cached_tokens for result in again)
+
+
+def test_far_rope_positions_change_nothing(
+    tiny_llama: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of four capacities, as everywhere here, against the default: one stream generates at
+    its end, one has been rotated back over all of it, once."""
+    policy = Policy(4, 60, 64)
+    prompts = [random_tokens(length, length) for length in (65_200, 66_000)]
+    found = []
+    for rows in ("0", str(rope_table.TABLE_ROWS)):
+        monkeypatch.setenv(rope_table.ROWS, rows)
+        with running_engine(tiny_llama(SHORT), policy) as engine:
+            found.append(engine.greedy(prompts, 2 * policy.g))
+            check_all_free(engine)
+    near, far = found
+    assert min(one.reanchorings for one in near) > 100
+    assert [one.reanchorings for one in far] == [0, 1]
+    for one, other in zip(near, far, strict=True):
+        assert len(set(one.tokens)) > policy.g / 2
+        assert other.tokens == one.tokens
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
