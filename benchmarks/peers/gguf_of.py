@@ -4,6 +4,8 @@
 
 Names are those of the GGUF specification (``gguf.MODEL_ARCH.LLAMA``). llama.cpp rotates pairs of
 neighbours where transformers rotates halves, so rows of query and key projections change places.
+Its server says nothing of tokens whose bytes are not whole characters, until they are; here token
+ids are all that counts, so such tokens get a name that is text.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from tokenizers.decoders import ByteLevel
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -113,16 +116,27 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, config: dict[str, Any])
     kinds = gguf.TokenType
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([by_id[number] for number in range(config["vocab_size"])])
-    writer.add_token_types(
-        [
-            kinds.CONTROL if number in special else kinds.NORMAL
-            for number in range(config["vocab_size"])
-        ]
-    )
+    texts, types = [], []
+    for number in range(config["vocab_size"]):
+        is_part = number not in special and _is_part_of_a_character(by_id[number])
+        texts.append(f"<{number}>" if is_part else by_id[number])
+        types.append(
+            kinds.CONTROL
+            if number in special
+            else kinds.USER_DEFINED
+            if is_part
+            else kinds.NORMAL
+        )
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
+
+
+def _is_part_of_a_character(token: str) -> bool:
+    """Whether the bytes of a token are no text by themselves."""
+    return "\ufffd" in ByteLevel().decode([token])
 
 
 def main() -> None:

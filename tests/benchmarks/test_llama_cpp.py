@@ -1,14 +1,16 @@
 """llama.cpp beside us: the same weights, streams past its capacity, and no long prompts."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers import llama_cpp
 from benchmarks.peers.gguf_of import ConversionError, convert, interleaved
@@ -82,6 +84,27 @@ def test_it_runs_the_same_model(server: llama_cpp.LlamaServer) -> None:
 
     assert stream(server, prompts, 60) == expected
     assert expected[0] != expected[1]
+
+
+@pytest.mark.server
+@pytest.mark.timeout(180)
+def test_tokens_that_are_part_of_a_character_arrive(server: llama_cpp.LlamaServer) -> None:
+    """A server's events leave them out where the vocabulary has bytes that are no text."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    parts = [number for number in range(1024) if "\ufffd" in tokenizer.decode([number])]
+    assert len(parts) > 50
+    dialect, bias = llama_cpp.dialect(SPEC, SCENARIO), [[number, 100.0] for number in parts]
+    body = dialect.body(words(40, "parts"), 60) | {"logit_bias": bias, "stream": False}
+
+    answer = httpx.post(f"{server.url}{dialect.path}", json=body, timeout=60).json()
+    streamed = httpx.post(f"{server.url}{dialect.path}", json=body | {"stream": True}, timeout=60)
+
+    lines = streamed.text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    ids = [number for event in events for number in dialect.ids(event)]
+    assert len(ids) == 60
+    assert set(ids) <= set(parts)
+    assert answer["tokens"] == ids
 
 
 @pytest.mark.server
