@@ -121,11 +121,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Path, config: dict[str, Any])
         is_part = number not in special and _is_part_of_a_character(by_id[number])
         texts.append(f"<{number}>" if is_part else by_id[number])
         types.append(
-            kinds.CONTROL
-            if number in special
-            else kinds.USER_DEFINED
-            if is_part
-            else kinds.NORMAL
+            kinds.CONTROL if number in special else kinds.USER_DEFINED if is_part else kinds.NORMAL
         )
     writer.add_token_list(texts)
     writer.add_token_types(types)
