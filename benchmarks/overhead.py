@@ -123,6 +123,7 @@ def run(options: argparse.Namespace) -> bool:
         window=options.window,
         stride=options.stride,
         max_streams=max(options.streams),
+        eager=not options.compiled,
     )
     other = "control" if options.control else "sink"
     results = Results(options.name or default_name("overhead"), vars(options))
@@ -162,6 +163,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_false",
         help="in either arm",
     )
+    parser.add_argument("--compiled", action="store_true", help="compile the model, in either arm")
     parser.add_argument("--control", action="store_true", help="stock against stock")
     parser.add_argument("--name", help="folder below benchmarks/results; default: date and commit")
     options = parser.parse_args(arguments)

@@ -37,6 +37,8 @@ class Setup:
     """Of both arms."""
     context: int | None = None
     """Length the model is said to be trained for (``max_position_embeddings``)."""
+    eager: bool = True
+    """The model is not compiled."""
 
     @property
     def schedule(self) -> Schedule:
@@ -48,7 +50,7 @@ class Setup:
             "model": self.model,
             "dtype": self.dtype,
             "block_size": self.block_size,
-            "enforce_eager": True,
+            "enforce_eager": self.eager,
             "max_num_seqs": self.max_streams,
             # All prompts in one step, so that all streams stay in lockstep.
             "max_num_batched_tokens": max(self.max_streams * capacity, 2048),

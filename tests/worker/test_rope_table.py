@@ -5,11 +5,14 @@ from typing import Any, cast
 import pytest
 import torch
 
+from benchmarks.paged_layers import PagedLayers
 from sink_vllm.worker.layers import rope_table
 from sink_vllm.worker.layers.attention import AttentionLayer
 from sink_vllm.worker.layers.rope_table import ROWS, TABLE_ROWS, extend_rope_tables
 from sink_vllm.worker.layers.rotation import Rotation
 from sink_vllm.worker.layers.rotation_transformers import TransformersRotation
+from sink_vllm.worker.moves.arena import layout_of
+from sink_vllm.worker.moves.mover import PageMover
 from tests.worker.test_rotation import VARIANTS, keys_at, rerotated, rotary_of
 
 
@@ -106,3 +109,15 @@ def test_scores_far_out_are_those_at_the_start(
 
     assert 0 < error_of_scores(far) < 1.5 * error_of_scores(near)
     assert 0 < error_of_moving(far) < 1.5 * error_of_moving(near)
+
+
+def test_pages_that_are_kept_name_the_table_they_were_rotated_under() -> None:
+    """Those of a shorter table have been rotated back where those of a longer one have not."""
+    mover = PageMover(PagedLayers().attention_layers, 32)
+    before = layout_of(mover, 1)
+    rotation = mover.layers[0].rotation
+    assert rotation is not None
+
+    rotation.limit(rotation.table_rows - 1)
+
+    assert layout_of(mover, 1) != before
