@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import flatness, hibernation, overhead, recall, service, soak, stored_streams
+from benchmarks import (
+    flatness,
+    hibernation,
+    overhead,
+    recall,
+    service,
+    sessions,
+    soak,
+    stored_streams,
+)
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.overhead_arm import Step
 from benchmarks.quality import tables as quality
@@ -178,6 +187,17 @@ def test_recall_follows_from_its_rows(run: Path) -> None:
         assert row["gone"] == (row["evictions_since"] > 0 and row["distance"] > 124)
 
 
+@pytest.mark.parametrize(
+    "run", [run for run in runs() if run.name.startswith("sessions")], ids=name_of
+)
+def test_sessions_follow_from_their_rows(run: Path) -> None:
+    rows = rows_of(run, "turns.jsonl")
+    for factor, arms in summary_of(run).items():
+        for kind, published in arms.items():
+            mine = [row for row in rows if (str(row["factor"]), row["kind"]) == (factor, kind)]
+            assert sessions.conclude(mine, published["preemptions"]) == published
+
+
 @pytest.mark.parametrize("arm", ["chat", "streams"])
 def test_turns_that_alternate_follow_from_their_rows(arm: str) -> None:
     run = RESULTS / "service_interleaved_20261121"
@@ -188,7 +208,9 @@ def test_turns_that_alternate_follow_from_their_rows(arm: str) -> None:
     assert service.interleaved(late, beside) == summary_of(run)[arm]["interleaved"]
 
 
-@pytest.mark.parametrize("run", [run for run in runs() if "bench" in run.name], ids=name_of)
+@pytest.mark.parametrize(
+    "run", [run for run in runs() if run.name.startswith(("bench", "tuning", "llama"))], ids=name_of
+)
 def test_tables_of_throughput_follow_from_the_rows(run: Path) -> None:
     assert "\n\n".join(serving.sections(run)) + "\n" == (run / "tables.md").read_text()
 
