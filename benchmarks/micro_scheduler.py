@@ -88,7 +88,9 @@ def run(options: argparse.Namespace) -> None:
         results.rows("steps.jsonl") as rows,
     ):
         for streams in options.streams:
-            steps = measure({"stock": stock, "sink": sink}, streams, options.rounds)
+            steps = measure(
+                {"stock": stock, "sink": sink}, streams, options.rounds, ArmProcess.round
+            )
             for arm, rounds in steps.items():
                 for number, one in enumerate(rounds):
                     rows.add(

@@ -38,32 +38,36 @@ does something else now and then, the two differ, because one stalled step outwe
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.common import MODEL, Results, default_name, describe
 from benchmarks.overhead_arm import ArmError, ArmProcess, Setup, Step
+
+T = TypeVar("T")
 
 MEAN_RATIO = 1.05
 MEDIAN_RATIO = 1.03
 WORST_STEP = 3.0
 
 
-def measure(arms: dict[str, ArmProcess], streams: int, rounds: int) -> dict[str, list[list[Step]]]:
-    """Steps of every round of every arm; the arms alternate, and so does who begins."""
+def measure(
+    arms: dict[str, ArmProcess], streams: int, rounds: int, one: Callable[[ArmProcess], T]
+) -> dict[str, list[T]]:
+    """``one`` round of every arm, again and again; the arms alternate, and so does who begins."""
     for arm in arms.values():
         arm.start(streams)
-    steps: dict[str, list[list[Step]]] = {name: [] for name in arms}
+    found: dict[str, list[T]] = {name: [] for name in arms}
     order = list(arms)
     for _ in range(rounds):
         for name in order:
-            steps[name].append(arms[name].round())
+            found[name].append(one(arms[name]))
         order.reverse()
     for arm in arms.values():
         arm.finish()
-    return steps
+    return found
 
 
 def compare(steps: dict[str, list[list[Step]]], base: str, other: str) -> dict[str, Any]:
@@ -136,7 +140,9 @@ def run(options: argparse.Namespace) -> bool:
     ):
         for streams in options.streams:
             print(f"{streams} streams, {options.rounds} rounds of {setup.stride} steps", flush=True)
-            steps = measure({"stock": stock, other: policy}, streams, options.rounds)
+            steps = measure(
+                {"stock": stock, other: policy}, streams, options.rounds, ArmProcess.round
+            )
             for arm, rounds in steps.items():
                 for number, one in enumerate(rounds):
                     for step in one:

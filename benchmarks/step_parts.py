@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import Results, default_name
+from benchmarks.overhead import measure
 from benchmarks.overhead_arm import ArmError, ArmProcess, Engine, Setup, Step
 
 PARTS = ("forward", "worker", "schedule", "update", "rest")
@@ -105,18 +106,12 @@ def run(options: argparse.Namespace) -> None:
         ArmProcess("sink", setup, Timed) as sink,
         results.rows("rounds.jsonl") as rows,
     ):
-        arms = [stock, sink]
         for streams in options.streams:
-            measured: dict[str, list[dict[str, float]]] = {"stock": [], "sink": []}
-            for arm in arms:
-                arm.start(streams)
-            for number in range(options.rounds):
-                for arm in arms:
-                    measured[arm.name].append(round_of(arm))
-                    rows.add(streams=streams, arm=arm.name, round=number, **measured[arm.name][-1])
-                arms.reverse()
-            for arm in arms:
-                arm.finish()
+            arms = {"stock": stock, "sink": sink}
+            measured = measure(arms, streams, options.rounds, round_of)
+            for arm, rounds in measured.items():
+                for number, one in enumerate(rounds):
+                    rows.add(streams=streams, arm=arm, round=number, **one)
             found[str(streams)] = {
                 arm: {name: fmean(one[name] for one in rounds) for name in rounds[0]}
                 for arm, rounds in measured.items()

@@ -1,8 +1,8 @@
 """llama.cpp beside us: the same weights, streams past its capacity, and no long prompts."""
 
 import asyncio
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama_cpp.Llama
         yield server
 
 
-def stream(server: llama_cpp.LlamaServer, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def stream(
+    server: llama_cpp.LlamaServer, prompts: list[list[int]], tokens: int, **options: Any
+) -> list[list[int]]:
     """Token ids of streams that run at once."""
     dialect = llama_cpp.dialect(SPEC, SCENARIO)
+    dialect = replace(dialect, options={**dialect.options, **options})
     unlimited = load.NO_LIMIT, lambda _: None
 
     async def run() -> list[list[int]]:
@@ -93,15 +96,13 @@ def test_tokens_that_are_part_of_a_character_arrive(server: llama_cpp.LlamaServe
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     parts = [number for number in range(1024) if "\ufffd" in tokenizer.decode([number])]
     assert len(parts) > 50
-    dialect, bias = llama_cpp.dialect(SPEC, SCENARIO), [[number, 100.0] for number in parts]
-    body = dialect.body(words(40, "parts"), 60) | {"logit_bias": bias, "stream": False}
+    prompt, bias = words(40, "parts"), [[number, 100.0] for number in parts]
+    dialect = llama_cpp.dialect(SPEC, SCENARIO)
+    body = dialect.body(prompt, 60) | {"logit_bias": bias, "stream": False}
 
     answer = httpx.post(f"{server.url}{dialect.path}", json=body, timeout=60).json()
-    streamed = httpx.post(f"{server.url}{dialect.path}", json=body | {"stream": True}, timeout=60)
+    (ids,) = stream(server, [prompt], 60, logit_bias=bias)
 
-    lines = streamed.text.split("\n\n")
-    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
-    ids = [number for event in events for number in dialect.ids(event)]
     assert len(ids) == 60
     assert set(ids) <= set(parts)
     assert answer["tokens"] == ids
