@@ -70,6 +70,13 @@ class Scratch:
             self._allocate(slot, nbytes)  # a batch that could not be cut (``independent_batches``)
         return self._buffers[slot][:nbytes].view(dtype).view(*shape)
 
+    def take_like(self, slot: str, given: torch.Tensor) -> torch.Tensor:
+        """The same with the shape and dtype of ``given``, its numbers in the order in which those
+        of ``given`` lie in memory: what goes over both of them need not jump in either."""
+        order = sorted(range(given.dim()), key=given.stride, reverse=True)
+        taken = self.take(slot, [given.shape[dim] for dim in order], given.dtype)
+        return taken.permute([order.index(dim) for dim in range(given.dim())])
+
     def addresses(self) -> dict[str, tuple[int, int]]:
         """Where the buffers are, and their size in bytes."""
         return {slot: (one.data_ptr(), one.numel()) for slot, one in self._buffers.items()}

@@ -230,7 +230,7 @@ class Rotation:
             first, second = keys[..., :half], keys[..., half : 2 * half]
         else:
             first, second = keys[..., 0 : 2 * half : 2], keys[..., 1 : 2 * half : 2]
-        half_of_keys = None if scratch is None else scratch.take(HALF, first.shape, first.dtype)
+        half_of_keys = None if scratch is None else scratch.take_like(HALF, first)
         rotated = torch.mul(first, cos, out=half_of_keys).addcmul_(second, sin, value=-1)
         second.mul_(cos).addcmul_(first, sin)
         first.copy_(rotated)

@@ -12,6 +12,7 @@ and in which order, is drawn in ``plan``.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,16 +204,20 @@ class _LayerGroup:
         composed = self.store.gather(prepared.bases, first, last, PAGES)
         # Sources are read from the caches, and nothing is written there before all of them were.
         for overlay, sources, rows in prepared.overlays:
-            if rows is None and sources is None:
-                continue  # rotation in place, of keys that do not rotate
-            laid = composed[overlay.at]
-            given = laid if sources is None else self.store.gather(sources, first, last, SOURCES)
-            keys = self.pages.read_keys(given, overlay.begin, overlay.end, self.scratch)
-            values = self.pages.read_values(given, overlay.begin, overlay.end)
+            laid, begin, end = composed[overlay.at], overlay.begin, overlay.end
+            rotate = None
             if rows is not None:
                 assert self.rotation is not None
-                self.rotation.rotate(keys, rows, self.scratch)
-            self.pages.write(laid, overlay.begin, overlay.end, keys, values)
+                rotate = partial(self.rotation.rotate, rows=rows, scratch=self.scratch)
+            if sources is None:
+                if rotate is not None:  # else a rotation of keys that do not rotate
+                    self.pages.rotate(laid, begin, end, rotate, self.scratch)
+                continue
+            given = self.store.gather(sources, first, last, SOURCES)
+            keys = self.pages.read_keys(given, begin, end, self.scratch)
+            if rotate is not None:
+                rotate(keys)
+            self.pages.write(laid, begin, end, keys, self.pages.read_values(given, begin, end))
         self.store.scatter(prepared.pages, first, last, composed)
 
     def read_page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,6 +95,26 @@ class CPUKeyPages(KeyPages):
             kv_cache_dtype=self._format,
         )
 
+    def rotate(
+        self,
+        pages: torch.Tensor,
+        begin: int,
+        end: int,
+        rotate: Callable[[torch.Tensor], None],
+        scratch: Scratch,
+    ) -> None:
+        if not isinstance(self._key_in_half, _RegularPlaces):
+            super().rotate(pages, begin, end, rotate, scratch)
+            return
+        if self._dtype == torch.float32:
+            rotate(self._key_at.read(pages, self._heads, begin, end))
+            return
+        n, layers, _ = pages.shape
+        halves = pages.view(n, layers, self._heads, 2, -1)[..., 0, :].view(self._dtype)
+        exact = in_float32(halves, scratch)
+        rotate(self._key_in_half.read(exact.view(n, layers, -1), self._heads, begin, end))
+        halves.copy_(within_range(exact, self._dtype))
+
     def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
         """The half of each head that the op was given for keys, if they are regular in it."""
         if not isinstance(self._key_in_half, _RegularPlaces):
@@ -106,11 +126,12 @@ class CPUKeyPages(KeyPages):
     def rotate_parts(
         self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None], scratch: Scratch
     ) -> None:
-        keys = self._key_in_half.read(parts, self._heads, 0, self._tokens).view(self._dtype)
-        exact = keys if keys.dtype == torch.float32 else in_float32(keys, scratch)
-        rotate(exact)
-        if exact is not keys:
-            keys.copy_(within_range(exact, self._dtype))
+        # Converted in the order they lie in: the halves hold nothing but keys.
+        halves = parts.view(self._dtype)
+        exact = halves if halves.dtype == torch.float32 else in_float32(halves, scratch)
+        rotate(self._key_in_half.read(exact, self._heads, 0, self._tokens))
+        if exact is not halves:
+            halves.copy_(within_range(exact, self._dtype))
 
     def _learn(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Where keys and values of a head are in its part of a page.

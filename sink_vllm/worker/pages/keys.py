@@ -64,6 +64,27 @@ class KeyPages(ABC):
         In 8-bit floating point, keys beyond its range become its largest numbers, in ``keys`` too.
         """
 
+    def rotate(
+        self,
+        pages: torch.Tensor,
+        begin: int,
+        end: int,
+        rotate: Callable[[torch.Tensor], None],
+        scratch: Scratch,
+    ) -> None:
+        """Rotate keys in place.
+
+        Args:
+            pages: scratch pages.
+            begin, end: slots.
+            rotate: rotates float32 ``[n, layers, end - begin, heads, head_size]``, of any strides,
+                in place.
+            scratch: memory for keys in float32.
+        """
+        keys = self.read_keys(pages, begin, end, scratch)
+        rotate(keys)
+        self.write(pages, begin, end, keys, self.read_values(pages, begin, end))
+
     def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
         """The part of a layer's cache that holds keys and nothing else.
 
