@@ -225,8 +225,10 @@ class AdmittingMixin(MakingRoomMixin):
         it (``_get_local_prefix_cache_hit``). Where vLLM cannot prefill in chunks (MLA on CPUs),
         what does not fit into the first one is computed token by token.
         """
+        if request.status == RequestStatus.RUNNING:  # nearly always
+            return self._fit(request, num_computed_tokens, num_new_tokens)
         request_id = request.request_id
-        if request.status != RequestStatus.RUNNING and not request.num_computed_tokens:
+        if not request.num_computed_tokens:
             if request_id not in self._found:
                 return 0
             found = self._found[request_id]
@@ -234,8 +236,7 @@ class AdmittingMixin(MakingRoomMixin):
                 self.ledger.spare = max(self.admission.spare(), 0)
             if found is not None:
                 self.recycler.resume(request, found)
-        waits = request.status != RequestStatus.RUNNING
-        if waits and num_new_tokens > request.num_tokens - num_computed_tokens == 1:
+        if num_new_tokens > request.num_tokens - num_computed_tokens == 1:
             num_new_tokens = self._without_padding()
         return self._fit(request, num_computed_tokens, num_new_tokens)
 
@@ -255,8 +256,7 @@ class AdmittingMixin(MakingRoomMixin):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        request_id = request.request_id
-        room = self.recycler.streams[request_id].capacity - num_computed_tokens
+        room = self.recycler.streams[request.request_id].capacity - num_computed_tokens
         if num_computed_tokens and not self.scheduler_config.enable_chunked_prefill:
             room = min(room, 1)  # its attention kernels read the cache for one query only
         num_new_tokens = num_new_tokens if num_new_tokens <= room else max(room, 0)

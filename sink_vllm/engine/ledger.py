@@ -12,8 +12,7 @@ compares the two. ``DroppedPages`` and ``CopiedPages`` own nothing: they are not
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -171,11 +170,9 @@ class PageLedger:
 
     # -- the prefix cache -------------------------------------------------------------------
 
-    @contextmanager
-    def noting_fresh(self, manager: SingleTypeKVCacheManager, request_id: str) -> Iterator[None]:
-        """Note the pages of a request that enter the prefix cache inside."""
-        before = manager.num_cached_block.get(request_id, 0)
-        yield
+    def note_fresh(self, manager: SingleTypeKVCacheManager, request_id: str, before: int) -> None:
+        """Note the pages of a request that have entered the prefix cache since it had ``before``
+        of them there; called once per token of every stream."""
         after = manager.num_cached_block.get(request_id, 0)
         if after > before:
             entered = manager.req_to_blocks[request_id][before:after]

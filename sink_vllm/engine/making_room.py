@@ -72,8 +72,9 @@ class MakingRoomMixin(PreemptingMixin):
             most = min(most, self.admission.spare())
             if most <= 0:
                 self._steps_without_loans = _STEPS_WITHOUT_LOANS
-        # Heads first: without its own a stream has to compose it when it evicts.
-        for request in sorted(composable, key=self.recycler.reanchors_next):
+        if rotating:  # heads first: without its own a stream has to compose it when it evicts
+            composable = sorted(composable, key=self.recycler.reanchors_next)
+        for request in composable:
             if most <= 0:
                 return
             if self.admission.standing(request.request_id) is not Standing.WAITING:

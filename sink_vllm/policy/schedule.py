@@ -134,6 +134,10 @@ class RopeAnchors:
         """Rope position minus cache position after ``evictions``."""
         return evictions % self.period * self.stride if self.period else 0
 
+    def reanchors(self, evictions: int) -> bool:
+        """Whether the last of so many evictions (at least one) re-anchors."""
+        return self.period > 0 and evictions % self.period == 0
+
     def reanchorings(self, evictions: int) -> int:
         """Re-anchorings that the first ``evictions`` evictions brought along."""
         return evictions // self.period if self.period else 0

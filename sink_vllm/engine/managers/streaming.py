@@ -342,8 +342,9 @@ class StreamingLLMManager(FullAttentionManager):
     # -- what vLLM calls --------------------------------------------------------------------
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        with self.ledger.noting_fresh(self, request.request_id):
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        before = self.num_cached_block.get(request.request_id, 0)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        self.ledger.note_fresh(self, request.request_id, before)
 
     def stop_hashing(self, request_id: str) -> None:
         """Let no further page of a request into the prefix cache."""

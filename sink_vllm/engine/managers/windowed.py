@@ -105,8 +105,9 @@ class StreamingLLMWindowManager(SlidingWindowManager):
 
         A stream is resumed at the longest boundary that is cached, wherever that is.
         """
-        with self.ledger.noting_fresh(self, request.request_id):
-            super().cache_blocks(request, num_tokens, None, replay_boundaries=replay_boundaries)
+        before = self.num_cached_block.get(request.request_id, 0)
+        super().cache_blocks(request, num_tokens, None, replay_boundaries=replay_boundaries)
+        self.ledger.note_fresh(self, request.request_id, before)
 
     # -- resuming from the prefix cache -----------------------------------------------------
 
