@@ -9,7 +9,18 @@ from sink_vllm.engine.open_streams import OpenStreams, cached_tokens
 from sink_vllm.engine.parked import anchor_position, anchors_of, least_pages
 from sink_vllm.engine.stream import Stream, compact, show
 from sink_vllm.engine.tables import FoundPages
-from sink_vllm.policy.schedule import EvictionPages
+from sink_vllm.policy.schedule import EvictionPages, Schedule, cdiv
+
+_CHECKPOINT = 65_536
+"""Tokens of one request after which its window goes to disk ..."""
+_CHECKPOINT_CAPACITIES = 16
+"""... but at most one page in so many is written for it."""
+
+
+def evictions_between_checkpoints(schedule: Schedule) -> int:
+    """Evictions of one request after which it is kept on disk what it could be resumed from."""
+    tokens = max(_CHECKPOINT, _CHECKPOINT_CAPACITIES * schedule.capacity)
+    return cdiv(tokens, schedule.stride)
 
 
 class Recycler(OpenStreams):
@@ -31,11 +42,7 @@ class Recycler(OpenStreams):
         stream = self.streams[request.request_id]
         window_delta, sink_delta = self._next_deltas(stream)
         is_ahead = request.request_id in self.tables.ledger.ahead
-        if self.hibernation is not None and not stream.chain_evictions:
-            pages = EvictionPages.of(stream.schedule, self.tables.block_size)
-            self.hibernation.keep_first(
-                request, request.block_hashes[: pages.sink_full + pages.dropped]
-            )
+        self._keep(request, stream)
         moves = self.tables.evict(request.request_id, stream.schedule, window_delta, sink_delta)
         if moves is None:
             return False
@@ -53,16 +60,29 @@ class Recycler(OpenStreams):
         stream.repeats = False
         return True
 
+    def _keep(self, request: Request, stream: Stream) -> None:
+        """Keep pages outside the pool that will be there no more when the request ends, or that it
+        could be resumed from if the server ends first."""
+        if self.hibernation is None:
+            return
+        schedule = stream.schedule
+        if not stream.chain_evictions:
+            pages = EvictionPages.of(schedule, self.tables.block_size)
+            self.hibernation.keep_first(
+                request, request.block_hashes[: pages.sink_full + pages.dropped]
+            )
+        elif stream.chain_evictions % evictions_between_checkpoints(schedule) == 0:
+            self.hibernation.keep_checkpoint(request)
+
     def _next_deltas(self, stream: Stream) -> tuple[int, int]:
         """Rope positions by which the next eviction rotates the window and the pristine sinks."""
         evictions, anchors = stream.chain_evictions + 1, self.tables.anchors
-        reanchor = anchors.reanchorings(evictions) > anchors.reanchorings(evictions - 1)
-        return -anchors.span if reanchor else 0, anchors.offset(evictions)
+        return -anchors.span if anchors.reanchors(evictions) else 0, anchors.offset(evictions)
 
     def reanchors_next(self, request: Request) -> bool:
         """Whether the next eviction of a stream rotates all of its window."""
-        window_delta, _ = self._next_deltas(self.streams[request.request_id])
-        return bool(window_delta)
+        evictions = self.streams[request.request_id].chain_evictions + 1
+        return self.tables.anchors.reanchors(evictions)
 
     def compose_ahead(self, request: Request, most: int) -> int:
         """Compose pages for the next eviction of a stream with ``composable_at`` cached tokens.

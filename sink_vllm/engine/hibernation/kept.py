@@ -72,7 +72,7 @@ class Hibernation:
     # -- out --------------------------------------------------------------------------------
 
     def keep_turn(self, request: Request) -> None:
-        """A request ends, and still has its pages: keep what it could be resumed from."""
+        """A request has its pages for the last time: keep what it could be resumed from."""
         hashes = request.block_hashes
         # An adapter may be another one under the same name when the server starts again.
         durable = request.lora_request is None
@@ -85,6 +85,11 @@ class Hibernation:
             for block in self._ledger.pinned(group, request.request_id) or ():
                 if block.block_hash is not None:
                     self._keep_hash(block.block_hash, durable)
+
+    def keep_checkpoint(self, request: Request) -> None:
+        """A long request goes on: keep what it could be resumed from if the server is killed."""
+        if self.disk is not None:
+            self.keep_turn(request)
 
     def keep_first(self, request: Request, hashes: Iterable[BlockHash]) -> None:
         """A stream evicts for the first time, pages with these hashes among others.
