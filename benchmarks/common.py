@@ -28,17 +28,32 @@ _ENVIRONMENT = ("VLLM_", "SINK_VLLM_", "OMP_", "KMP_", "MKL_", "CUDA_VISIBLE_DEV
 class Results:
     """A folder of one run: `meta.json`, raw rows, `summary.json`. Never overwrites another run."""
 
-    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, settings: Mapping[str, Any], *, go_on: bool = False) -> None:
+        """
+        Args:
+            name: of the folder.
+            settings: of the run.
+            go_on: with a run of that name which has not ended; its `meta.json` stays.
+
+        Raises:
+            FileExistsError: there is a run of that name.
+            FileNotFoundError: there is none to go on with.
+        """
         require()
         self.folder = RESULTS / name
+        if go_on:
+            if not (self.folder / "meta.json").exists() or (self.folder / "summary.json").exists():
+                raise FileNotFoundError(f"{self.folder} is no run that has not ended")
+            return
         if self.folder.exists():
             raise FileExistsError(f"{self.folder} exists; give another --name")
         self.folder.mkdir(parents=True)
         self._write("meta.json", meta(settings))
 
-    def rows(self, name: str) -> AbstractContextManager[Rows]:
-        """Raw measurements, one JSON object per line, written as they come."""
-        return writing(self.folder / name)
+    def rows(self, name: str, *, go_on: bool = False) -> AbstractContextManager[Rows]:
+        """Raw measurements, one JSON object per line, written as they come; with ``go_on`` behind
+        those that are there."""
+        return writing(self.folder / name, go_on=go_on)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """What was concluded; the run has ended, and its rows are packed."""

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import plot
-from benchmarks.one_request import BUCKET
+from benchmarks.one_request_prompt import BUCKET
 from benchmarks.quality.texts import REPEATED
 from benchmarks.rows import Row, read
 

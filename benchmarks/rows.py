@@ -16,6 +16,7 @@ which does not care how they lie there.
 
 import argparse
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,9 +46,17 @@ class Rows:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Rows]:
-    """Rows that are in the file as soon as they have been added."""
-    with path.open("w") as file:
+def writing(path: Path, *, go_on: bool = False) -> Iterator[Rows]:
+    """Rows that are in the file as soon as they have been added.
+
+    Args:
+        path: of a plain part.
+        go_on: behind the rows that are there; one that a crash cut off is dropped.
+    """
+    if go_on and path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+    with path.open("a" if go_on else "w") as file:
         yield Rows(file)
 
 
