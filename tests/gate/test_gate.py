@@ -12,13 +12,10 @@ import pytest
 
 from sink_vllm.gate.check import check, markdown, reason
 from sink_vllm.gate.facts import Facts
-from sink_vllm.gate.refusals import (
-    FP8_KV_DTYPES,
-    KNOWN_ROPE_TYPES,
-    PLAIN_KV_DTYPES,
-    REFUSALS,
-    Refusal,
-)
+from sink_vllm.gate.refusal import Refusal
+from sink_vllm.gate.refusals import REFUSALS
+from sink_vllm.gate.refusals_of_models import KNOWN_ROPE_TYPES
+from sink_vllm.gate.refusals_of_settings import FP8_KV_DTYPES, PLAIN_KV_DTYPES
 from tests.support.paths import DOCS
 
 # One case per row: the facts that make it apply, and the value its sentence must show.

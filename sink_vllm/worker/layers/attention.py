@@ -20,7 +20,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-from sink_vllm.gate.refusals import FP8_KV_DTYPES
+from sink_vllm.gate.refusals_of_settings import FP8_KV_DTYPES
 from sink_vllm.worker.layers.recurrent import recurrent_layers
 from sink_vllm.worker.layers.rotation import Rotation
 from sink_vllm.worker.layers.rotation_longrope import LongRotation
