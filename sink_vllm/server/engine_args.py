@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from sink_vllm.compat.parts import CPU_WORKER, GPU_WORKER, SCHEDULER, check_config
 from sink_vllm.compat.patching import Patch
 from sink_vllm.gate.check import check
-from sink_vllm.gate.facts import Facts, facts_of, model_facts
+from sink_vllm.gate.facts import Facts, facts_of
 from sink_vllm.gate.lengths import bound_of
+from sink_vllm.gate.model_facts import model_facts
 from sink_vllm.gate.refused import Refused, refusals
 from sink_vllm.policy.bound import Bound
 from sink_vllm.policy.config import SinkConfig

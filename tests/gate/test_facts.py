@@ -17,7 +17,8 @@ from vllm.config import ModelConfig
 from vllm.transformers_utils.configs.chatglm import ChatGLMConfig
 
 from sink_vllm.gate.check import reason
-from sink_vllm.gate.facts import Facts, _recurrent_layers, model_facts
+from sink_vllm.gate.facts import Facts
+from sink_vllm.gate.model_facts import _recurrent_layers, model_facts
 
 
 def facts_of(folder: Path, architecture: str, config: PreTrainedConfig) -> Facts:

@@ -8,7 +8,8 @@ import pytest
 from vllm.config import ModelConfig
 
 from sink_vllm.gate.check import reason
-from sink_vllm.gate.facts import Facts, model_facts
+from sink_vllm.gate.facts import Facts
+from sink_vllm.gate.model_facts import model_facts
 from tests.support.families_media import MEDIA
 from tests.support.family import Family, config_of
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from sink_vllm.gate.facts import model_facts
+from sink_vllm.gate.model_facts import model_facts
 from sink_vllm.gate.refusals import REFUSALS
 from tests.conftest import ModelFactory
 from tests.support.engine import Engine, Generated, check_all_free, running_engine

@@ -29,7 +29,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backend
 
 from sink_vllm.compat.shipping import ShippedConfig
-from sink_vllm.gate.facts import Facts, facts_of, model_facts
+from sink_vllm.gate.facts import Facts, facts_of
+from sink_vllm.gate.model_facts import model_facts
 from sink_vllm.plugin import register
 from sink_vllm.policy.config import SinkConfig
 from sink_vllm.policy.schedule import Schedule

@@ -30,7 +30,8 @@ from vllm.config import ModelConfig
 from vllm.model_executor.models import registry
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-from sink_vllm.gate.facts import Facts, model_facts
+from sink_vllm.gate.facts import Facts
+from sink_vllm.gate.model_facts import model_facts
 from sink_vllm.gate.refusals import REFUSALS
 
 # Architectures whose configuration class has another name, or is that of a model made alike.
