@@ -1,6 +1,6 @@
 """How a compacted stream reaches the workers: a part of the scheduler (engine core).
 
-The way vLLM's streaming input sessions do: as ``NewRequestData`` for a request id they already have.
+The way vLLM's streaming input sessions do: as ``NewRequestData`` for an id they already have.
 """
 
 from copy import copy
