@@ -1,9 +1,10 @@
 """Pages that are composed before the eviction that puts them into a table (engine core process).
 
 What an eviction makes of the sinks is known long before: its rotation is a function of how many
-evictions there were, and the page that follows the sinks then is complete. So the page is composed
-a few per step, in a page of the pool that nobody needs, and the eviction itself only exchanges an
-entry of the table. Before an eviction that re-anchors, so are all pages that are complete::
+evictions there were, and the page that follows the sinks then is complete. So it is composed
+before, for a few streams at once, in a page of the pool that nobody needs, and the eviction itself
+only exchanges an entry of the table. Before an eviction that re-anchors, so are all pages that are
+complete::
 
     table    [P0: s s s s 4..15][P1: 16..31][P2: 32..47][P3 ......
     ahead                                   [H0: s s s s 36..47]      composed from P0 and P2
@@ -113,7 +114,22 @@ def places_ahead(
         yield from range(first, computed // block_size)
 
 
-def pages_per_step(running: int, pages: int, schedule: Schedule) -> int:
-    """How many pages to compose in a step, so that ``running`` streams have composed ``pages``
-    each in two thirds of a stride."""
-    return max(cdiv(3 * running * pages, 2 * schedule.stride), 1)
+_BATCHES = 8
+"""Heads of an eighth of the streams at once: the work of a step grows with the streams as the step
+does, and what a batch costs whatever is in it is paid eight times per stride."""
+
+
+def steps_between_batches(schedule: Schedule) -> int:
+    """Steps after which heads are composed again, so that two thirds of a stride have all."""
+    return max(2 * schedule.stride // (3 * _BATCHES), 1)
+
+
+def heads_per_batch(running: int, groups: int) -> int:
+    """How many heads to compose at once for ``running`` streams with so many tables."""
+    return max(cdiv(running * groups, _BATCHES), 1)
+
+
+def pages_per_step(rotating: int, pages: int, schedule: Schedule) -> int:
+    """How many pages of a window to compose in every step, so that two thirds of a stride have
+    those of ``rotating`` streams with ``pages`` each."""
+    return max(cdiv(3 * rotating * pages, 2 * schedule.stride), 1)

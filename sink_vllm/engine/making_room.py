@@ -10,7 +10,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
 from sink_vllm.engine.admission import Standing, Verdict
-from sink_vllm.engine.ahead import pages_per_step
+from sink_vllm.engine.ahead import heads_per_batch, pages_per_step, steps_between_batches
 from sink_vllm.engine.ledger import PageLedger
 from sink_vllm.engine.preempting import PreemptingMixin
 from sink_vllm.policy.schedule import cdiv
@@ -25,19 +25,25 @@ class MakingRoomMixin(PreemptingMixin):
 
     ledger: PageLedger
     _steps_without_loans = 0
+    _steps_to_heads = 0
+    _are_rotating = False
+    """Whether streams whose next eviction re-anchors were composing when heads were last due."""
 
     def _make_room(self) -> None:
         """Evict what is full, and let holders give way until all others get what they need."""
         full: list[Request] = []
         composable: list[Request] = []
         streams, ahead = self.recycler.streams, self.ledger.ahead
+        heads_due = self._are_heads_due()
+        composes = heads_due or self._are_rotating
         for request in itertools.chain(self.running, self.kv_holding_waiting):
             stream, computed = streams[request.request_id], request.num_computed_tokens
             if computed < stream.composable_at or request.status not in _COMPUTING:
                 continue
             if computed < stream.capacity:
                 if (
-                    request.request_id not in ahead.done
+                    composes
+                    and request.request_id not in ahead.done
                     and computed - request.num_in_flight_tokens >= stream.composable_at
                 ):
                     composable.append(request)
@@ -53,18 +59,28 @@ class MakingRoomMixin(PreemptingMixin):
                     self._give_way(guest)
             self._call_in_loans()
         if composable:
-            self._compose_ahead(composable)
+            self._compose_ahead(composable, heads_due)
         if not self.running and (self.waiting or self.kv_holding_waiting):
             self._make_progress()
 
-    def _compose_ahead(self, composable: list[Request]) -> None:
-        """Let some streams compose what their next evictions need, in pages nobody needs."""
+    def _are_heads_due(self) -> bool:
+        """Whether this step composes heads, a batch of them."""
         if self._steps_without_loans:
             self._steps_without_loans -= 1
-            return
+            self._are_rotating = False
+            return False
+        self._steps_to_heads -= 1
+        if self._steps_to_heads > 0:
+            return False
+        self._steps_to_heads = steps_between_batches(self.recycler.config.schedule)
+        return True
+
+    def _compose_ahead(self, composable: list[Request], heads_due: bool) -> None:
+        """Let some streams compose what their next evictions need, in pages nobody needs."""
         config, groups = self.recycler.config, len(self.recycler.tables.full)
         rotating = [request for request in composable if self.recycler.reanchors_next(request)]
-        most = pages_per_step(len(self.running), groups, config.schedule)
+        self._are_rotating = bool(rotating)
+        most = heads_per_batch(len(self.running), groups) if heads_due else 0
         if rotating:
             window = groups * cdiv(config.capacity, self.recycler.tables.block_size)
             most += pages_per_step(len(rotating), window, config.schedule)
