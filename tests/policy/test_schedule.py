@@ -136,7 +136,9 @@ def test_rope_offset_grows_until_positions_would_leave_the_table(spare: int) -> 
             assert anchors.offset(evictions) == offset
             assert anchors.reanchorings(evictions) == reanchorings
             offset += schedule.stride
-            if offset + schedule.capacity > rows:
+            is_over = offset + schedule.capacity > rows
+            assert anchors.reanchors(evictions + 1) == is_over
+            if is_over:
                 assert anchors.span == offset
                 offset, reanchorings = 0, reanchorings + 1
 
@@ -146,3 +148,4 @@ def test_models_that_do_not_rotate_keys_never_reanchor() -> None:
 
     assert {anchors.offset(evictions) for evictions in range(STREAM)} == {0}
     assert anchors.reanchorings(STREAM) == 0
+    assert not any(anchors.reanchors(evictions) for evictions in range(1, STREAM))
