@@ -76,7 +76,7 @@ class Account:
         if not self._choices:
             return None if params is None else dict(params)
         account = self._choices[0] if self._single else totals(self._choices)
-        return {KEY: account} if params is None else with_account(params, account)
+        return with_account(params, account)
 
 
 def report_of(params: Mapping[str, Any] | None, index: int) -> Report | None:

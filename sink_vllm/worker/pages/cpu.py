@@ -106,14 +106,8 @@ class CPUKeyPages(KeyPages):
         if not isinstance(self._key_in_half, _RegularPlaces):
             super().rotate(pages, begin, end, rotate, scratch)
             return
-        if self._dtype == torch.float32:
-            rotate(self._key_at.read(pages, self._heads, begin, end))
-            return
-        n, layers, _ = pages.shape
-        halves = pages.view(n, layers, self._heads, 2, -1)[..., 0, :].view(self._dtype)
-        exact = in_float32(halves, scratch)
-        rotate(self._key_in_half.read(exact.view(n, layers, -1), self._heads, begin, end))
-        halves.copy_(within_range(exact, self._dtype))
+        halves = pages.view(*pages.shape[:2], self._heads, 2, -1)[..., 0, :]
+        self._rotate_halves(halves, begin, end, rotate, scratch)
 
     def key_part(self, cache: torch.Tensor) -> torch.Tensor | None:
         """The half of each head that the op was given for keys, if they are regular in it."""
@@ -126,10 +120,23 @@ class CPUKeyPages(KeyPages):
     def rotate_parts(
         self, parts: torch.Tensor, rotate: Callable[[torch.Tensor], None], scratch: Scratch
     ) -> None:
+        halves = parts.view(*parts.shape[:2], self._heads, -1)
+        self._rotate_halves(halves, 0, self._tokens, rotate, scratch)
+
+    def _rotate_halves(
+        self,
+        halves: torch.Tensor,
+        begin: int,
+        end: int,
+        rotate: Callable[[torch.Tensor], None],
+        scratch: Scratch,
+    ) -> None:
+        """``halves``: the keys of each head, ``[n, layers, heads, tokens * head_size]``."""
+        assert isinstance(self._key_in_half, _RegularPlaces)
         # Converted in the order they lie in: the halves hold nothing but keys.
-        halves = parts.view(self._dtype)
+        halves = halves.view(self._dtype)
         exact = halves if halves.dtype == torch.float32 else in_float32(halves, scratch)
-        rotate(self._key_in_half.read(exact, self._heads, 0, self._tokens))
+        rotate(self._key_in_half.of_heads(exact, begin, end))
         if exact is not halves:
             halves.copy_(within_range(exact, self._dtype))
 
@@ -195,9 +202,14 @@ class _RegularPlaces(_Places):
         self._start, self._token, self._dim = steps
 
     def read(self, pages: torch.Tensor, heads: int, begin: int, end: int) -> torch.Tensor:
-        n, layers = pages.shape[:2]
-        return pages.as_strided(
+        return self.of_heads(pages.view(*pages.shape[:2], heads, self._part), begin, end)
+
+    def of_heads(self, parts: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """A view like what ``read`` returns, of ``[n, layers, heads, part]`` of any strides."""
+        n, layers, heads, _ = parts.shape
+        of_page, of_layer, of_head, _ = parts.stride()
+        return parts.as_strided(
             (n, layers, end - begin, heads, self._places.shape[1]),
-            (*pages.stride()[:2], self._token, self._part, self._dim),
-            pages.storage_offset() + self._start + begin * self._token,
+            (of_page, of_layer, self._token, of_head, self._dim),
+            parts.storage_offset() + self._start + begin * self._token,
         )
