@@ -63,9 +63,11 @@ class _ApiServer:
         path = f"/v1/streams/{stream_id}/append"
         return self.call("POST", path, status, json=body, headers=headers)
 
-    def in_use(self) -> float:
+    def gauges(self) -> tuple[float, float]:
         metrics = Metrics.parse(self.http.get("/metrics").text)
-        return metrics.total("sink_vllm:stored_streams_in_use")
+        names = ("stored_streams", "stored_streams_in_use")
+        one, two = (metrics.total(f"sink_vllm:{name}") for name in names)
+        return one, two
 
     def resumes(self) -> float:
         metrics = Metrics.parse(self.http.get("/metrics").text)
@@ -133,7 +135,8 @@ def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(servers: list[_Api
     one, other = servers
     stream_id = one.create(tokens=prompt_of(40))
     # Each API server writes down what it was told last, once per second at least.
-    _eventually(lambda: one.in_use() == 0)
+    _eventually(lambda: one.gauges()[1] == 0)
+    streams, in_use = one.gauges()
     generate = {**GENERATE, "max_tokens": 100_000}
     body = {"stream": True, "generate": generate}
     with one.http.stream("POST", f"/v1/streams/{stream_id}/append", json=body) as events:
@@ -141,11 +144,11 @@ def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(servers: list[_Api
         assert next(lines).startswith("data: ")
         answer = other.http.post(f"/v1/streams/{stream_id}/append", json={"tokens": [65]})
         assert (answer.status_code, answer.headers["Retry-After"]) == (409, "1")
-        _eventually(lambda: other.in_use() == one.in_use() == 1)
+        _eventually(lambda: other.gauges() == one.gauges() == (streams, in_use + 1))
     deadline = time.monotonic() + 60
     while other.call("GET", f"/v1/streams/{stream_id}", 200)["busy"]:
         assert time.monotonic() < deadline
-    _eventually(lambda: one.in_use() == 0)
+    _eventually(lambda: one.gauges() == (streams, in_use))
 
     again_body: dict[str, Any] = {"tokens": [66, 67], "generate": GENERATE | {"max_tokens": 5}}
     first = one.append(stream_id, key="k", **again_body)
@@ -186,7 +189,7 @@ def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_Ap
         for thread in threads:
             thread.join(120)
     assert order == [urgent, late]
-    _eventually(lambda: servers[0].in_use() == 0)
+    _eventually(lambda: servers[0].gauges()[1] == 0)
 
 
 def _eventually(holds: Callable[[], bool]) -> None:
