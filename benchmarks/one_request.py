@@ -125,15 +125,15 @@ def run(options: argparse.Namespace) -> bool:
     with serve(options, "--worker-extension-cls", RECORDER, *disk) as server:
         server.wait(quietly)
         ask(server, "quality_start")
-        known = read(results.folder).get("losses.jsonl", []) if options.resume else []
         with (
             results.rows("losses.jsonl", go_on=options.resume) as losses,
             results.rows("samples.jsonl", go_on=options.resume) as samples,
         ):
-            stream, computed = Stream(server, text), Losses(known, losses)
+            computed = Losses(read(results.folder)["losses.jsonl"], losses)
+            stream = Stream(server, text)
             feed(server, stream, options.tokens, computed, samples)
-        found: dict[str, Any] = {**perplexities(computed, options.tokens)}
-        found |= memory(read(results.folder)["samples.jsonl"])
+        samples_of_all = read(results.folder)["samples.jsonl"]
+        found = {**perplexities(computed, options.tokens), **memory(samples_of_all)}
         with serve(options, "--worker-extension-cls", RECORDER) as other:
             with stopped(server):
                 other.wait(quietly)

@@ -29,6 +29,16 @@ def measured(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
 
 
+def test_a_run_goes_on_behind_its_last_whole_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n"')
+    with writing(path, go_on=True) as file:
+        assert read(tmp_path) == {"a.jsonl": [{"n": 1}, {"n": 2}]}
+        file.add(n=3)
+
+    assert read(tmp_path) == {"a.jsonl": [{"n": 1}, {"n": 2}, {"n": 3}]}
+
+
 def test_packed_and_plain_rows_are_read_alike(tmp_path: Path) -> None:
     """In the order of the file names, which the tables are made in."""
     before = measured(tmp_path)
