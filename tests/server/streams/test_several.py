@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from threading import Event, Thread
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -23,6 +23,9 @@ from tests.support.tiny_models import TinyLlama
 pytestmark = pytest.mark.server
 
 PLUGINS = {"VLLM_PLUGINS": "sink_vllm"}
+# An idle connection stays: the next one may be given to the other API server.
+KEPT_ALIVE = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
+ONE_CONNECTION = httpx.Limits(max_connections=1, keepalive_expiry=None)
 GENERATE = {"temperature": 0, "ignore_eos": True}
 KEY = "a-key"
 SERVERS = 2
@@ -32,11 +35,13 @@ and what a server says of itself would be of long ago."""
 
 
 class _ApiServer:
-    """One connection, which the kernel has given to one of the API servers."""
+    """One connection for all calls, which the kernel has given to one of the API servers."""
 
     def __init__(self, server: Server) -> None:
         headers = {"Authorization": f"Bearer {KEY}"}
-        self.http = httpx.Client(base_url=server.url, timeout=300, headers=headers)
+        self.http = httpx.Client(
+            base_url=server.url, timeout=300, headers=headers, limits=ONE_CONNECTION
+        )
         with self.http.stream("GET", "/health") as answer:
             answer.read()
             stream = answer.extensions["network_stream"]
@@ -84,7 +89,7 @@ def server(tiny_llama: ModelFactory, database: Path) -> Iterator[Server]:
     flags = ["--api-server-count", f"{SERVERS}", "--api-key", KEY]
     flags += ["--scheduling-policy", "priority", "--max-num-seqs", f"{PLACES}"]
     flags += ["--sink-streams-db", str(database), "--enable-prompt-tokens-details"]
-    with tiny_server(tiny_llama(TinyLlama()), *flags, environment=PLUGINS) as server:
+    with tiny_server(tiny_llama(TinyLlama()), *flags, environment=PLUGINS | KEPT_ALIVE) as server:
         server.wait(lambda _waited: None)
         yield server
 
@@ -131,19 +136,19 @@ def test_any_of_them_serves_any_stream(server: Server, servers: list[_ApiServer]
     servers[0].call("GET", f"/v1/streams/{stream_id}", 404)
 
 
-def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(servers: list[_ApiServer]) -> None:
+def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(
+    server: Server, servers: list[_ApiServer]
+) -> None:
     one, other = servers
     stream_id = one.create(tokens=prompt_of(40))
     # Each API server writes down what it was told last, once per second at least.
     _eventually(lambda: one.gauges()[1] == 0)
     streams, in_use = one.gauges()
-    generate = {**GENERATE, "max_tokens": 100_000}
-    body = {"stream": True, "generate": generate}
-    with one.http.stream("POST", f"/v1/streams/{stream_id}/append", json=body) as events:
-        lines = events.iter_lines()  # kept: without it the connection is closed
-        assert next(lines).startswith("data: ")
-        answer = other.http.post(f"/v1/streams/{stream_id}/append", json={"tokens": [65]})
-        assert (answer.status_code, answer.headers["Retry-After"]) == (409, "1")
+    with _Endless(server, stream_id) as turn:
+        turn.wait()
+        for api_server in servers:  # the one that has the turn, and the one that has not
+            answer = api_server.http.post(f"/v1/streams/{stream_id}/append", json={"tokens": [65]})
+            assert (answer.status_code, answer.headers["Retry-After"]) == (409, "1")
         _eventually(lambda: other.gauges() == one.gauges() == (streams, in_use + 1))
     deadline = time.monotonic() + 60
     while other.call("GET", f"/v1/streams/{stream_id}", 200)["busy"]:
@@ -160,36 +165,71 @@ def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(servers: list[_Api
 
 
 def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_ApiServer]) -> None:
-    """Of two that wait for a place, the one that came last and is more urgent answers first."""
+    """Of two that wait for a place, the one that came last and is more urgent gets it.
+
+    None of them ends by itself: who has a place is for the scheduler alone to say, not for the
+    order in which answers reach clients.
+    """
     ids = [servers[0].create(tokens=prompt_of(40), priority=5) for _ in range(PLACES)]
     late, urgent = (servers[0].create(tokens=prompt_of(40), priority=p) for p in (9, 0))
     assert servers[1].call("GET", f"/v1/streams/{late}", 200)["priority"] == 9
-    order: list[str] = []
-
-    def ask(stream_id: str, **body: Any) -> None:
-        one = StreamsClient(server.url, KEY)
-        one.append(stream_id, generate={**GENERATE, "max_tokens": 3}, **body)
-        order.append(stream_id)
+    client = Client(server)
 
     with ExitStack() as stack:
-        turns = []
-        for number, stream_id in enumerate(ids):
-            body = {"stream": True, "generate": {**GENERATE, "max_tokens": 100_000}}
-            path, one = f"/v1/streams/{stream_id}/append", servers[number % SERVERS]
-            answer = stack.enter_context(one.http.stream("POST", path, json=body))
-            turns.append((answer, answer.iter_lines()))
-            assert next(turns[-1][1]).startswith("data: ")
-        threads = [Thread(target=ask, args=(late,))]
-        threads += [Thread(target=ask, args=(urgent,), kwargs={"priority": -1})]
-        client = Client(server)
-        for waiting, thread in enumerate(threads, start=1):
-            thread.start()
-            _eventually(lambda n=waiting: client.counter("vllm:num_requests_waiting") == n)  # type: ignore[misc]
-        turns[0][0].close()
-        for thread in threads:
-            thread.join(120)
-    assert order == [urgent, late]
+        turns = [stack.enter_context(_Endless(server, stream_id)) for stream_id in ids]
+        for turn in turns:
+            turn.wait()
+        waiting = []
+        for number, (stream_id, body) in enumerate([(late, {}), (urgent, {"priority": -1})], 1):
+            waiting.append(stack.enter_context(_Endless(server, stream_id, **body)))
+            _eventually(lambda n=number: client.counter("vllm:num_requests_waiting") == n)  # type: ignore[misc]
+        turns[0].close()
+        waiting[1].wait()
+        assert not waiting[0].begun()
+        waiting[1].close()
+        waiting[0].wait()
     _eventually(lambda: servers[0].gauges()[1] == 0)
+
+
+class _Endless:
+    """A turn without an end on a connection of its own, read by a thread."""
+
+    def __init__(self, server: Server, stream_id: str, **body: Any) -> None:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        self._http = httpx.Client(base_url=server.url, timeout=60, headers=headers)
+        self._path = f"/v1/streams/{stream_id}/append"
+        self._body = {"stream": True, "generate": {**GENERATE, "max_tokens": 100_000}, **body}
+        self._begun, self._closed = Event(), Event()
+        self._thread = Thread(target=self._read)
+
+    def _read(self) -> None:
+        with self._http.stream("POST", self._path, json=self._body) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    self._begun.set()
+                if self._closed.is_set():
+                    return
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def begun(self) -> bool:
+        """Whether its first token has come."""
+        return self._begun.is_set()
+
+    def wait(self) -> None:
+        """Until its first token has come."""
+        assert self._begun.wait(60)
+
+    def close(self) -> None:
+        """Hang up; the server gives the turn up."""
+        self._closed.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
 
 
 def _eventually(holds: Callable[[], bool]) -> None:
