@@ -27,8 +27,14 @@ from examples import processes
 
 HOST = "127.0.0.1"
 # A small model on one machine: no model hub, no usage report, 1 GiB of KV cache where the CPU
-# engine would take half of the memory. The caller's own settings win.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# engine would take half of the memory. Connections stay: vLLM closes what was idle for 5 seconds,
+# perhaps just when a client sends its next request. The caller's own settings win.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+}
 
 
 class ServerError(Exception):

@@ -51,8 +51,10 @@ class Generator:
             raise LoadError(_failure(self._process.returncode, output))
         found: dict[str, Any] = json.loads(self._result.read_text())
         if found["failed"]:
+            errors = dict.fromkeys(error.strip() for error in found["errors"] if error)
             raise LoadError(
-                f"{found['failed']} requests of `vllm bench serve` failed: {found['errors']}"
+                f"{found['failed']} of {len(found['errors'])} requests of `vllm bench serve` "
+                f"failed: {' | '.join(errors)[-2000:]}"
             )
         return found
 

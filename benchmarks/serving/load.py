@@ -102,8 +102,8 @@ NO_LIMIT = Limit(0, 0.0)
 async def connection() -> AsyncIterator[aiohttp.ClientSession]:
     """As many connections as there are streams, no time limit.
 
-    A new one per request: the server closes what was idle for some seconds, perhaps just when the
-    next request is sent on it.
+    A new one per request: llama.cpp's server closes what was idle for some seconds, perhaps just
+    when the next request is sent on it.
     """
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),

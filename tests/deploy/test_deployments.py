@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.plugins import load_general_plugins
@@ -102,6 +103,16 @@ def test_a_flag_that_vllm_does_not_know_would_be_seen(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         parsed(["--kv-policy=sink", "--sink-widow=8"])
     assert "--sink-widow" in capsys.readouterr().err
+
+
+def test_the_server_outlives_idle_connections_of_what_is_in_front_of_it() -> None:
+    """nginx closes them after 60 s, aiohttp (the chart's router) after 15 s."""
+    values = yaml.safe_load((ROOT / "deploy" / "helm" / "values.yaml").read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    for env in (container()["env"], model["env"]):
+        given = {one["name"]: one.get("value") for one in env}
+        assert "VLLM_HTTP_TIMEOUT_KEEP_ALIVE" in envs.environment_variables
+        assert int(given["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60
 
 
 def test_the_liveness_probe_is_a_command_of_ours() -> None:

@@ -23,8 +23,7 @@ from tests.support.tiny_models import TinyLlama
 pytestmark = pytest.mark.server
 
 PLUGINS = {"VLLM_PLUGINS": "sink_vllm"}
-# An idle connection stays: the next one may be given to the other API server.
-KEPT_ALIVE = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
+# The next one may be given to the other API server.
 ONE_CONNECTION = httpx.Limits(max_connections=1, keepalive_expiry=None)
 GENERATE = {"temperature": 0, "ignore_eos": True}
 KEY = "a-key"
@@ -42,16 +41,20 @@ class _ApiServer:
         self.http = httpx.Client(
             base_url=server.url, timeout=300, headers=headers, limits=ONE_CONNECTION
         )
-        with self.http.stream("GET", "/health") as answer:
-            answer.read()
-            stream = answer.extensions["network_stream"]
-            own = stream.get_extra_info("client_addr")[1]
+        self.port = self.connected()
         (self.pid,) = {
             process.pid
             for process in server.processes()
             for connection in process.net_connections("tcp")
-            if connection.raddr[1:] == (own,)
+            if connection.raddr[1:] == (self.port,)
         }
+
+    def connected(self) -> int:
+        """Our port of the connection, after a request on it."""
+        with self.http.stream("GET", "/health") as answer:
+            answer.read()
+            port: int = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
+            return port
 
     def call(self, method: str, path: str, status: int, **body: Any) -> dict[str, Any]:
         answer = self.http.request(method, path, **body)
@@ -89,7 +92,7 @@ def server(tiny_llama: ModelFactory, database: Path) -> Iterator[Server]:
     flags = ["--api-server-count", f"{SERVERS}", "--api-key", KEY]
     flags += ["--scheduling-policy", "priority", "--max-num-seqs", f"{PLACES}"]
     flags += ["--sink-streams-db", str(database), "--enable-prompt-tokens-details"]
-    with tiny_server(tiny_llama(TinyLlama()), *flags, environment=PLUGINS | KEPT_ALIVE) as server:
+    with tiny_server(tiny_llama(TinyLlama()), *flags, environment=PLUGINS) as server:
         server.wait(lambda _waited: None)
         yield server
 
@@ -285,7 +288,9 @@ def test_a_second_server_on_the_database_ends_before_it_loads(
 
 
 def test_the_processes_are_the_ones_meant(server: Server, servers: list[_ApiServer]) -> None:
+    """Still: a connection that was idle for many seconds is the same."""
     assert len({one.pid for one in servers}) == SERVERS
+    assert [one.connected() for one in servers] == [one.port for one in servers]
     assert all(psutil.Process(one.pid).ppid() == server.processes()[0].pid for one in servers)
     schema = json.dumps(servers[0].call("GET", "/openapi.json", 200))
     assert "/v1/streams/{stream_id}/append" in schema
