@@ -1,11 +1,13 @@
-"""A Llama checkpoint of transformers as the GGUF file that llama.cpp reads, in float32.
+"""A Llama checkpoint of transformers as the GGUF file that llama.cpp reads.
 
     python -m benchmarks.peers.gguf_of examples/models/pystream-2.5m out/pystream.gguf
 
-Names are those of the GGUF specification (``gguf.MODEL_ARCH.LLAMA``). llama.cpp rotates pairs of
-neighbours where transformers rotates halves, so rows of query and key projections change places.
-Its server says nothing of tokens whose bytes are not whole characters, until they are; here token
-ids are all that counts, so such tokens get a name that is text.
+Matrices have the type that is asked for (``--weights``, default float32); vectors, the weights of
+norms, are float32, as llama.cpp's kernels want them. Names are those of the GGUF specification
+(``gguf.MODEL_ARCH.LLAMA``). llama.cpp rotates pairs of neighbours where transformers rotates
+halves, so rows of query and key projections change places. Its server says nothing of tokens whose
+bytes are not whole characters, until they are; here token ids are all that counts, so such tokens
+get a name that is text.
 """
 
 import argparse
@@ -15,11 +17,19 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf.quants import quantize
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tokenizers.decoders import ByteLevel
 
 Weights = dict[str, NDArray[np.float32]]
+
+TYPES = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+"""Types of matrices, and of the file that has them, by their names in llama.cpp."""
 
 _BLOCK = {
     "input_layernorm": "attn_norm",
@@ -68,8 +78,13 @@ def tensors(weights: Weights, config: dict[str, Any]) -> Weights:
     return found
 
 
-def convert(model: Path, target: Path) -> None:
+def convert(model: Path, target: Path, weights: str = "f32") -> None:
     """Write ``target``.
+
+    Args:
+        model: folder of the checkpoint.
+        target: file to write.
+        weights: one of :data:`TYPES`.
 
     Raises:
         ConversionError: ``model`` is no plain Llama with a byte-level BPE tokenizer.
@@ -78,7 +93,8 @@ def convert(model: Path, target: Path) -> None:
     rope = config["rope_parameters"]
     if config["model_type"] != "llama" or rope["rope_type"] != "default":
         raise ConversionError(f"{model} is no Llama with plain RoPE")
-    weights = {
+    matrix_type, file_type = TYPES[weights]
+    checkpoint = {
         name: weight.float().numpy()
         for name, weight in load_file(model / "model.safetensors").items()
     }
@@ -96,10 +112,11 @@ def convert(model: Path, target: Path) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(file_type)
     _add_tokenizer(writer, model, config)
-    for name, tensor in tensors(weights, config).items():
-        writer.add_tensor(name, np.ascontiguousarray(tensor))
+    for name, tensor in tensors(checkpoint, config).items():
+        kind = matrix_type if tensor.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(np.ascontiguousarray(tensor), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -139,9 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of the checkpoint")
     parser.add_argument("target", type=Path, help="file to write")
+    parser.add_argument("--weights", choices=TYPES, default="f32", help="type of matrices")
     options = parser.parse_args()
     options.target.parent.mkdir(parents=True, exist_ok=True)
-    convert(options.model, options.target)
+    convert(options.model, options.target, options.weights)
     print(f"{options.target}: {options.target.stat().st_size / 1e6:.1f} MB")
 
 

@@ -24,15 +24,15 @@ def checkpoint(name: str) -> Path:
     return folder
 
 
-def gguf(name: str) -> Path:
-    """The GGUF file of the same weights."""
+def gguf(name: str, weights: str) -> Path:
+    """The GGUF file of the same weights, as type ``weights`` of ``gguf_of.py``."""
     from benchmarks.peers.gguf_of import convert
 
-    target = MADE / f"{name}.gguf"
+    target = MADE / f"{name}-{weights}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
-        convert(checkpoint(name), partial)
+        convert(checkpoint(name), partial, weights)
         partial.replace(target)
     return target
 

@@ -43,7 +43,8 @@ def servers_of(
     for name, arm in named.items():
         if arm.llama is not None:
             threads = len(os.sched_getaffinity(0))
-            yield name, LlamaServer(arm.llama, scenario, models.gguf(scenario.model), threads)
+            gguf = models.gguf(scenario.model, arm.llama.weights)
+            yield name, LlamaServer(arm.llama, scenario, gguf, threads)
         elif (spec := arm.server) is not None:
             environment = {"VLLM_PLUGINS": "sink_vllm" if spec.plugin else ""}
             if spec.tuning is not None:

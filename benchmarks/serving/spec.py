@@ -58,6 +58,8 @@ class LlamaSpec:
     flash_attention: str
     discard: str
     """What a full slot gives up: ``half`` of it, llama.cpp's default, or a ``stride`` of ours."""
+    weights: str = "f32"
+    """Type of the weights' matrices, of those of ``benchmarks/peers/gguf_of.py``."""
 
 
 @dataclass(frozen=True, slots=True)

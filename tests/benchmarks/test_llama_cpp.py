@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers import llama_cpp
-from benchmarks.peers.gguf_of import ConversionError, convert, interleaved
+from benchmarks.peers.gguf_of import TYPES, ConversionError, convert, interleaved
 from benchmarks.serving import load
 from benchmarks.serving.load import Client, words
 from benchmarks.serving.run import without_missing
@@ -37,14 +38,20 @@ SCENARIO = Scenario(
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama_cpp.LlamaServer]:
+@contextmanager
+def serving(folder: Path, weights: str) -> Iterator[llama_cpp.LlamaServer]:
     if (why := llama_cpp.missing()) is not None:
         pytest.skip(why)
-    target = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    convert(MODEL, target)
+    target = folder / "model.gguf"
+    convert(MODEL, target, weights)
     with llama_cpp.LlamaServer(SPEC, SCENARIO, target, threads=1) as server:
         server.wait(lambda _seconds: None, limit=60)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[llama_cpp.LlamaServer]:
+    with serving(tmp_path_factory.mktemp("gguf"), "f32") as server:
         yield server
 
 
@@ -71,22 +78,40 @@ def stream(
     return asyncio.run(run())
 
 
+def greedy(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """What transformers generates."""
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    with torch.inference_mode():
+        return [
+            model.generate(
+                torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=-1
+            )[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+
+
 @pytest.mark.server
 @pytest.mark.timeout(180)
 def test_it_runs_the_same_model(server: llama_cpp.LlamaServer) -> None:
     """Greedy tokens of transformers, as long as nothing is discarded."""
     prompts = [words(40, "same", number) for number in range(2)]
-    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    with torch.inference_mode():
-        expected = [
-            model.generate(
-                torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=-1
-            )[0, 40:].tolist()
-            for prompt in prompts
-        ]
+    expected = greedy(prompts, 60)
 
     assert stream(server, prompts, 60) == expected
     assert expected[0] != expected[1]
+
+
+@pytest.mark.server
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("weights", [weights for weights in TYPES if weights != "f32"])
+def test_with_weights_of_16_bits_it_begins_alike(weights: str, tmp_path: Path) -> None:
+    """The checkpoint is bfloat16; what is rounded are activations, so few tokens are the same."""
+    prompts = [words(40, "same", number) for number in range(2)]
+    with serving(tmp_path, weights) as server:
+        assert stream(server, prompts, 4) == greedy(prompts, 4)
+    convert(MODEL, tmp_path / "whole.gguf")
+    sizes = [(tmp_path / name).stat().st_size for name in ("model.gguf", "whole.gguf")]
+    assert sizes[0] < 0.6 * sizes[1]
 
 
 @pytest.mark.server
