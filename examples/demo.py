@@ -24,7 +24,7 @@ from pathlib import Path
 import openai
 
 from examples.demo_page import page
-from examples.serving import Server, ServerError, stop_on_terminate
+from examples.serving import Server, ServerError, for_few_processors, stop_on_terminate
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "models" / "pystream-2.5m"
@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
     if options.open:
         page(arguments, long_prompt(context), options.times * context)
         return
-    with Server(arguments) as server:
+    with Server(arguments, for_few_processors()) as server:
         print("$", " ".join(["vllm serve", *arguments]).replace(f"{ROOT}/", ""), flush=True)
         status = Status()
         server.wait(lambda waited: status.show(f"  starting, {waited:.0f} s"))

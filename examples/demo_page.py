@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import httpx
 
-from examples.serving import Server
+from examples.serving import Server, for_few_processors
 
 
 def page(arguments: Sequence[str], prompt: str, tokens: int) -> None:
@@ -30,7 +30,7 @@ def page(arguments: Sequence[str], prompt: str, tokens: int) -> None:
     environment = {
         "VLLM_PLUGINS": ",".join(filter(None, [plugins, "sink_vllm"])),
         "VLLM_API_KEY": key,
-    }
+    } | for_few_processors()
     with Server(arguments, environment) as server:
         print("  starting", flush=True)
         server.wait(lambda _waited: None)

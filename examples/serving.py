@@ -37,6 +37,26 @@ ENVIRONMENT = {
 }
 
 
+# The worker in the engine's process, with one thread: as two processes they wait for each other in
+# loops of `sched_yield`, and where there are two CPUs nobody else gets a turn for seconds.
+ONE_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+FEW_PROCESSORS = 4
+
+
+def for_few_processors() -> dict[str, str]:
+    """:data:`ONE_PROCESS` where vLLM's processes would leave no processor to a client.
+
+    The caller's own settings win.
+    """
+    if (os.cpu_count() or 1) > FEW_PROCESSORS:
+        return {}
+    return {name: value for name, value in ONE_PROCESS.items() if name not in os.environ}
+
+
 class ServerError(Exception):
     """The server did not start, or ended; one sentence and the end of its log."""
 

@@ -14,7 +14,8 @@ Runs `benchmarks.overhead` and `benchmarks.flatness` with short settings and the
   stream, cache of 4096 (aim 22.2, the paper's best);
 - transformers: tokens per second of 32 streams ÷ those of StreamingLLM in transformers (aim 20);
 - mixed: p95 of short requests' time to first token beside endless streams ÷ beside ordinary
-  requests, all repetitions together (aim 1.1).
+  requests, all repetitions together (aim 1.1); the worker is in the engine's process, as two
+  processes of vLLM leave their clients no turn on two processors (docs/deploying.md).
 
 Nothing is committed: the raw rows go to ``out/``. With the ``--name`` of a run that was interrupted
 it goes on where that one ended.

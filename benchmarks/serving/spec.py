@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.serving import ONE_PROCESS
 from sink_vllm.policy.schedule import Schedule, cdiv, pages_per_stream
 
 FOLDER = Path(__file__).parent
@@ -169,7 +170,7 @@ def load_arms(path: Path = FOLDER / "arms.json") -> dict[str, Arm]:
         for name, entry in content["servers"].items()
     }
     tunings = {
-        name: Tuning(name, tuple(entry["flags"]), entry["environment"])
+        name: Tuning(name, tuple(entry["flags"]), ONE_PROCESS if entry["one_process"] else {})
         for name, entry in content["tunings"].items()
     }
     return {name: _arm(name, entry, servers, tunings) for name, entry in content["arms"].items()}

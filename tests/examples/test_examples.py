@@ -13,11 +13,13 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from langchain_core.messages import BaseMessage, SystemMessage
 from openai.types.chat import ChatCompletionMessageParam
 
 from examples import agent, batch, endless_chat, langchain_chat, transcription
+from examples.serving import FEW_PROCESSORS, ONE_PROCESS, for_few_processors
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.server
@@ -42,6 +44,7 @@ class _Demo:
         self._process = subprocess.Popen(
             [*words, *tools], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=outside
         )
+        self.pid = self._process.pid
         assert self._process.stdout is not None
         self._lines = self._process.stdout
         self.printed = ""
@@ -57,6 +60,46 @@ class _Demo:
         self._process.send_signal(signal.SIGINT)
         said = self._lines.read()
         return self._process.wait(60), said
+
+
+def test_the_demo_shows_what_it_is_there_to_show() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "examples.demo", "--times", "4"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+    assert ran.returncode == 0, ran.stderr
+    last = ran.stdout.splitlines()[-1]
+    found = re.match(r"([\d,]+) tokens, 4 x the .* evictions of ([\d,]+) tokens; ", last)
+    prompt = re.search(r"prompt of ([\d,]+) tokens", ran.stdout)
+    assert found, last
+    assert prompt
+    heard, evicted, asked = (int(one.replace(",", "")) for one in (*found.groups(), prompt[1]))
+    assert heard >= 4 * CAPACITY
+    assert evicted > asked + heard - CAPACITY - STRIDE
+
+
+@pytest.mark.parametrize(("processors", "own"), [(1, True), (4, True), (8, False), (None, True)])
+def test_where_processors_are_few_the_server_is_one_process_less(
+    monkeypatch: pytest.MonkeyPatch, processors: int | None, own: bool
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    assert ("VLLM_ENABLE_V1_MULTIPROCESSING" in for_few_processors()) == own
+    for name in ONE_PROCESS:
+        monkeypatch.setenv(name, "as the caller wants")
+    assert for_few_processors() == {}
+
+
+def test_a_worker_of_its_own_where_there_are_processors_for_it(demo: _Demo) -> None:
+    names = [child.name() for child in psutil.Process(demo.pid).children(recursive=True)]
+    has_engine, has_worker = (
+        any(name.startswith(kind) for name in names) for kind in ("VLLM::Engine", "VLLM::Worker")
+    )
+    assert has_engine, names
+    assert has_worker == ((os.cpu_count() or 1) > FEW_PROCESSORS)
 
 
 @pytest.fixture(scope="module")
