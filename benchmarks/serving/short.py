@@ -1,4 +1,4 @@
-"""The short version of the throughput benchmark: ``make bench``, a quarter of an hour on two cores.
+"""The short version of the throughput benchmark: ``make bench``, eight minutes on two cores.
 
 Runs `benchmarks.overhead` and `benchmarks.flatness` with short settings and the set `short` of
 `scenarios.json`, writes tables, and ends with::
