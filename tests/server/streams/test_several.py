@@ -71,15 +71,17 @@ class _ApiServer:
         path = f"/v1/streams/{stream_id}/append"
         return self.call("POST", path, status, json=body, headers=headers)
 
+    def metrics(self) -> Metrics:
+        return Metrics.parse(self.http.get("/metrics").text)
+
     def gauges(self) -> tuple[float, float]:
-        metrics = Metrics.parse(self.http.get("/metrics").text)
+        metrics = self.metrics()
         names = ("stored_streams", "stored_streams_in_use")
         one, two = (metrics.total(f"sink_vllm:{name}") for name in names)
         return one, two
 
     def resumes(self) -> float:
-        metrics = Metrics.parse(self.http.get("/metrics").text)
-        return metrics.total("sink_vllm:stored_stream_resumes_total")
+        return self.metrics().total("sink_vllm:stored_stream_resumes_total")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,10 @@ def server(tiny_llama: ModelFactory, database: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def servers(server: Server) -> list[_ApiServer]:
+    return _one_of_each(server)
+
+
+def _one_of_each(server: Server) -> list[_ApiServer]:
     """A connection to each API server: new ones go to the one that has the fewest."""
     found: dict[int, _ApiServer] = {}
     deadline = time.monotonic() + 60
@@ -147,7 +153,7 @@ def test_one_turn_at_a_time_and_an_answer_asked_for_elsewhere(
     # Each API server writes down what it was told last, once per second at least.
     _eventually(lambda: one.gauges()[1] == 0)
     streams, in_use = one.gauges()
-    with _Endless(server, stream_id) as turn:
+    with _Endless(_ApiServer(server), stream_id) as turn:
         turn.wait()
         for api_server in servers:  # the one that has the turn, and the one that has not
             answer = api_server.http.post(f"/v1/streams/{stream_id}/append", json={"tokens": [65]})
@@ -179,12 +185,15 @@ def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_Ap
     client = Client(server)
 
     with ExitStack() as stack:
-        turns = [stack.enter_context(_Endless(server, stream_id)) for stream_id in ids]
+        turns = [
+            stack.enter_context(_Endless(api_server, stream_id))
+            for api_server, stream_id in zip(_one_of_each(server), ids, strict=True)
+        ]
         for turn in turns:
             turn.wait()
         waiting = []
         for number, (stream_id, body) in enumerate([(late, {}), (urgent, {"priority": -1})], 1):
-            waiting.append(stack.enter_context(_Endless(server, stream_id, **body)))
+            waiting.append(stack.enter_context(_Endless(_ApiServer(server), stream_id, **body)))
             _eventually(lambda n=number: client.counter("vllm:num_requests_waiting") == n)  # type: ignore[misc]
         turns[0].close()
         waiting[1].wait()
@@ -195,11 +204,10 @@ def test_priorities_are_those_of_the_scheduler(server: Server, servers: list[_Ap
 
 
 class _Endless:
-    """A turn without an end on a connection of its own, read by a thread."""
+    """A turn without an end, read by a thread; when it is closed, so is the connection."""
 
-    def __init__(self, server: Server, stream_id: str, **body: Any) -> None:
-        headers = {"Authorization": f"Bearer {KEY}"}
-        self._http = httpx.Client(base_url=server.url, timeout=60, headers=headers)
+    def __init__(self, api_server: _ApiServer, stream_id: str, **body: Any) -> None:
+        self._http = api_server.http
         self._path = f"/v1/streams/{stream_id}/append"
         self._body = {"stream": True, "generate": {**GENERATE, "max_tokens": 100_000}, **body}
         self._begun, self._closed = Event(), Event()
