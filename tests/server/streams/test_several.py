@@ -214,7 +214,7 @@ class _Endless:
         self._thread = Thread(target=self._read)
 
     def _read(self) -> None:
-        with self._http.stream("POST", self._path, json=self._body) as answer:
+        with self._http.stream("POST", self._path, json=self._body, timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     self._begun.set()
